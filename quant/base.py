@@ -1,0 +1,110 @@
+"""The contract of a quantizer, and the registry that finds every one of them.
+
+A quantizer is a *rewrite of layers*: it is handed a plain float layer and gives back its own layer, built from that one
+(`Quantizer.layer`). `quant.surgery.quantize_` walks a model and does so under ordered rules.
+
+To add a method: one file in this folder with a class as below, one YAML in conf/quant/ with the same keys. Nothing else is edited.
+
+    @register("mine")
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Quantizer):
+        bits: Literal[2, 3, 4] = 4                       # a key of conf/quant/mine.yaml
+        handles = (nn.Conv2d, nn.Linear)
+
+        def layer(self, module: nn.Module) -> nn.Module: ...
+"""
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+FLOAT = 32  # bits of a tensor that a method leaves alone
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of a layer's weights, of the activations it reads, and of the gradient that passes back through it."""
+
+    weight: int = FLOAT
+    act: int = FLOAT
+    grad: int = FLOAT
+
+
+class QuantizedLayer:
+    """What the trainer may ask of a layer that a quantizer built. A mixin for nn.Module; every default means 'nothing to do'.
+
+    `forward` has no Python side effects: state lives in buffers and parameters, so a layer compiles, resumes and distributes.
+    """
+
+    precision: Precision = Precision()
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    """Names of this layer's own parameters that weight decay leaves alone (steps, scales)."""
+
+    def project_(self) -> None:
+        """Put the parameters back where the method wants them (centre, clamp). Called once after every optimizer step."""
+
+    def calibrate_(self, x: Tensor) -> None:
+        """Set steps and ranges from `x`, the first input that this layer sees. Called once, before step 0 of a new run."""
+
+    def weight_codes(self) -> Tensor | None:
+        """The integer codes of the weights as they are now, int8 or int16, in the shape of the weight."""
+        return None
+
+    def health(self, x: Tensor) -> dict[str, float]:
+        """Figures of health for one input batch: `clip_ratio` (share of activations outside the range), `step_size`."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(ABC):
+    """Settings of a method. A frozen dataclass: its fields are the keys of its YAML, checked before anything is built."""
+
+    name: ClassVar[str] = ""
+    handles: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
+    """Exact types of the layers that `layer` rewrites; a subclass of them has a reason to be one and is left alone."""
+    scheduled: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that a regime's phase may drive through `quant: {name: value or schedule}`."""
+
+    @abstractmethod
+    def layer(self, module: nn.Module) -> nn.Module | None:
+        """The layer that replaces `module`, taking over its parameters; None to leave this one as it is.
+
+        Raises ValueError, naming what is accepted, where the settings make no sense for this module.
+        """
+
+
+Q = TypeVar("Q", bound=type[Quantizer])
+QUANTIZERS: dict[str, type[Quantizer]] = {}
+
+
+def register(name: str) -> Callable[[Q], Q]:
+    """Make a quantizer known under the name that configs use."""
+
+    def add(cls: Q) -> Q:
+        cls.name = name
+        QUANTIZERS[name] = cls
+        return cls
+
+    return add
+
+
+def find(name: str) -> type[Quantizer]:
+    """The quantizer of that name. Raises ValueError with the known names.
+
+    >>> find("xnor").__name__
+    'Xnor'
+    """
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
+    if name not in QUANTIZERS:
+        near = difflib.get_close_matches(name, QUANTIZERS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown quantizer {name!r}; known: {', '.join(sorted(QUANTIZERS))}.{hint}")
+    return QUANTIZERS[name]

@@ -1,0 +1,147 @@
+"""Convolution and linear layers that choose what they remember for backward.
+
+Plain autograd keeps the float input of every matrix product. A quantized layer needs less: signs, codes, or codes that are
+an approximation. Here the layer says so by a `Codec`, and may quantize the gradient apart for its two uses:
+
+    forward   y = x * w + b                     saved: codec.encode(x), w
+    backward  dx = grad_input(g) * w^T          dw = grad_weight(g) * decode(saved)^T          db = sum g   (always exact)
+
+>>> x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=True)
+>>> conv2d(x, w, None, Conv(padding=(1, 1))).sum().backward()
+>>> v = w.detach().clone().requires_grad_()
+>>> torch.nn.functional.conv2d(x, v, padding=1).sum().backward()
+>>> torch.equal(w.grad, v.grad)
+True
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+GradientMap = Callable[[Tensor], Tensor]
+
+
+class Codec(Protocol):
+    """What a layer keeps of its input: `decode(*encode(x))` is the tensor that the weight gradient is made from."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]: ...
+
+    def decode(self, *saved: Tensor) -> Tensor: ...
+
+
+class Whole:
+    """Keep the input as it is: plain autograd."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def decode(self, *saved: Tensor) -> Tensor:
+        return saved[0]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The geometry of a convolution."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> "Conv":
+        """The geometry of an existing layer. Raises ValueError for a padding that is not plain zeros given in pixels."""
+        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            raise ValueError("padding must be given in pixels with padding_mode='zeros'")
+        return cls(layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, w, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def backward(
+        self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g, x, w, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, [need_x, need_w, False]
+        )
+        return dx, dw
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The geometry of a linear layer: none."""
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, w, bias)
+
+    def backward(
+        self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dx = g @ w if need_x else None
+        dw = g.flatten(0, -2).mT @ x.flatten(0, -2) if need_w else None
+        return dx, dw
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        shape: Conv | Linear,
+        codec: Codec,
+        grad_input: GradientMap | None,
+        grad_weight: GradientMap | None,
+    ) -> Tensor:
+        ctx.save_for_backward(w, *(codec.encode(x) if ctx.needs_input_grad[1] else ()))
+        ctx.shape, ctx.codec, ctx.maps, ctx.x = shape, codec, (grad_input, grad_weight), (x.shape, x.dtype)
+        return shape.forward(x, w, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        w, *saved = ctx.saved_tensors
+        size, dtype = ctx.x
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        grad_input, grad_weight = ctx.maps
+        x = ctx.codec.decode(*saved).to(g.dtype) if need_w else g.new_empty(()).expand(size)
+        w = w.to(g.dtype)
+        if grad_input is None and grad_weight is None:  # one call for both products lets the library share its work
+            dx, dw = ctx.shape.backward(g, x, w, need_x, need_w)
+        else:
+            dx = ctx.shape.backward(grad_input(g) if grad_input else g, x, w, need_x, False)[0]
+            dw = ctx.shape.backward(grad_weight(g) if grad_weight else g, x, w, False, need_w)[1]
+        channel = 1 if isinstance(ctx.shape, Conv) else g.dim() - 1
+        db = g.sum([d for d in range(g.dim()) if d != channel]) if need_b else None
+        return dx.to(dtype) if need_x else None, dw, db, None, None, None, None
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    shape: Conv,
+    codec: Codec | None = None,
+    grad_input: GradientMap | None = None,
+    grad_weight: GradientMap | None = None,
+) -> Tensor:
+    """x (B, C, H, W), w (O, C/groups, h, w), bias (O) or None -> (B, O, H', W')."""
+    return _Matmul.apply(x, w, bias, shape, codec or Whole(), grad_input, grad_weight)
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    codec: Codec | None = None,
+    grad_input: GradientMap | None = None,
+    grad_weight: GradientMap | None = None,
+) -> Tensor:
+    """x (..., C), w (O, C), bias (O) or None -> (..., O)."""
+    return _Matmul.apply(x, w, bias, Linear(), codec or Whole(), grad_input, grad_weight)
