@@ -1,0 +1,163 @@
+"""Checkpoints with one commit point: the manifest. Whatever is killed when, the newest manifest names a whole state.
+
+Order of a save: CSV files to disk, then `step-N.pt` (private name, fsync, rename, fsync of the folder), then the same for
+`step-N.json`, which holds sizes, SHA-256 and the CSV offsets. Only then older ones go; the last two and the best stay.
+Neither torch.load nor safetensors notices a flipped bit, so the checksum is verified before anything is decoded.
+"""
+
+import io
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.faults import BadData
+from runner.files import remove, sha256, write_atomic, write_json
+
+SCHEMA = 1
+KEEP = 2
+STEP = re.compile(r"step-(\d+)\.(json|pt)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was verified: its manifest, its state, and the best weights so far (None: none yet)."""
+
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+    best: dict[str, Any] | None
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._best_entry: dict[str, Any] | None = None
+
+    def save(
+        self, step: int, state: Mapping[str, Any], best: tuple[int, Mapping[str, Any]] | None, facts: Mapping[str, Any]
+    ) -> None:
+        """Commit `state` as the checkpoint of `step`. `best` is (its step, its weights); `facts` stand in the manifest."""
+        entry = self._save_best(*best) if best is not None else None
+        content = dumps(state)
+        name = f"step-{step}.pt"
+        write_atomic(self.folder / name, content)
+        manifest = {"schema": SCHEMA, "step": step, "file": name, "sha256": sha256(content), "best": entry} | dict(
+            facts
+        )
+        write_json(self.folder / f"step-{step}.json", manifest, durable=True)
+        self._prune()
+
+    def _save_best(self, step: int, weights: Mapping[str, Any]) -> dict[str, Any]:
+        if self._best_entry is None or self._best_entry["step"] != step:
+            content = dumps(weights)
+            write_atomic(self.folder / f"best-{step}.pt", content)
+            self._best_entry = {"step": step, "file": f"best-{step}.pt", "sha256": sha256(content)}
+        return self._best_entry
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; warns for every damaged one that it walks past. None where there is none."""
+        self._sweep()
+        for path in self._manifests():
+            try:
+                found = load(path)
+            except BadData as error:
+                warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+                continue
+            self._best_entry = found.manifest["best"]
+            return found
+        return None
+
+    def _manifests(self) -> list[Path]:
+        paths = [p for p in self.folder.glob("step-*.json") if STEP.fullmatch(p.name)]
+        return sorted(paths, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
+
+    def _sweep(self) -> None:
+        """Remove what a kill left behind: temporary files, and data that no manifest names."""
+        for path in self.folder.glob(".*.tmp-*"):
+            remove(path)
+        named = set(self._named(self._manifests()))
+        for path in self.folder.glob("*.pt"):
+            if path.name not in named:
+                remove(path)
+
+    def _prune(self) -> None:
+        manifests = self._manifests()
+        keep = set(self._named(manifests[:KEEP]))
+        for path in manifests[KEEP:]:
+            remove(path)
+        for path in self.folder.glob("*.pt"):
+            if path.name not in keep:
+                remove(path)
+
+    def _named(self, manifests: list[Path]) -> Iterator[str]:
+        for path in manifests:
+            yield path.with_suffix(".pt").name
+            try:
+                best = json.loads(path.read_bytes()).get("best")
+            except (ValueError, OSError, AttributeError):
+                continue
+            if isinstance(best, dict):
+                yield str(best.get("file"))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify the checkpoint of a manifest. Raises BadData, naming the file, for anything that is not as it was saved."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        schema, name, digest, best = manifest["schema"], manifest["file"], manifest["sha256"], manifest["best"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadData(f"{path}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
+    if schema != SCHEMA:
+        raise BadData(f"{path}: written in format {schema}, this program reads format {SCHEMA}")
+    state = loads(_beside(path, name), digest)
+    weights = loads(_beside(path, best["file"]), best["sha256"]) if best else None
+    return Checkpoint(manifest, state, weights)
+
+
+def _beside(manifest: Path, name: Any) -> Path:
+    """A file that a manifest names: beside it, nowhere else."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise BadData(f"{manifest}: names a file outside its folder: {name!r}")
+    return manifest.with_name(name)
+
+
+def dumps(state: Mapping[str, Any]) -> bytes:
+    """Tensors and plain Python as bytes, made in memory so that a failing disk meets only our own writing."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def loads(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """Decode a file of tensors and plain Python; code in it is refused, never run. Raises BadData for anything odd."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadData(f"{path}: cannot be read: {error.strerror}") from error
+    if digest is not None and sha256(content) != digest:
+        raise BadData(f"{path}: damaged: its checksum is not the one that was saved")
+    try:
+        _refuse_compressed(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a decoder trips over, the file is what is wrong
+        raise BadData(f"{path}: not a checkpoint that can be trusted ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise BadData(f"{path}: holds a {type(state).__name__}, not a state")
+    return state
+
+
+def _refuse_compressed(content: bytes) -> None:
+    """torch.save stores members as they are; a compressed member is a bomb, not a checkpoint."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if compressed or sum(member.file_size for member in members) > len(content):
+            raise ValueError("compressed members")

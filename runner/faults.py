@@ -1,0 +1,96 @@
+"""Errors for people: what was wrong, where, what is accepted; and the exit codes of the whole program."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes, the same everywhere."""
+
+    DONE = 0
+    JOB_FAILED = 1
+    DIVERGED = 20
+    BAD_DATA = 65
+    NO_INPUT = 66
+    INTERNAL = 70
+    OUT_OF_MEMORY = 71
+    LOCKED = 73
+    IO = 74
+    PREEMPTED = 75
+    BAD_CONFIG = 78
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a config: the path of the key, and a sentence."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class RunnerError(Exception):
+    """An error that ends the program with one clear message and an exit code of its own."""
+
+    code = Exit.INTERNAL
+
+
+class ConfigError(RunnerError):
+    """Every fault of a config, in one message."""
+
+    code = Exit.BAD_CONFIG
+
+    def __init__(self, faults: Iterable[Fault | str]) -> None:
+        self.faults = [fault if isinstance(fault, Fault) else Fault("", fault) for fault in faults]
+        count = f"{len(self.faults)} faults" if len(self.faults) > 1 else "a fault"
+        super().__init__("\n".join([f"the config has {count}:", *(f"  {fault}" for fault in self.faults)]))
+
+
+class MissingInput(RunnerError):
+    """Something that has to be there is not: a data set, a checkpoint."""
+
+    code = Exit.NO_INPUT
+
+
+class BadData(RunnerError):
+    """Something that is there cannot be used: a damaged or foreign checkpoint, a corrupt image."""
+
+    code = Exit.BAD_DATA
+
+
+class Diverged(RunnerError):
+    """Loss or gradient is no longer a finite number."""
+
+    code = Exit.DIVERGED
+
+
+class Locked(RunnerError):
+    """The run folder is in use, or cannot be made."""
+
+    code = Exit.LOCKED
+
+
+class StorageError(RunnerError):
+    """Writing failed: disk full, read-only, input/output error."""
+
+    code = Exit.IO
+
+
+class Preempted(RunnerError):
+    """A signal asked the run to stop; it is saved and goes on when it is started again."""
+
+    code = Exit.PREEMPTED
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' Did you mean …?' where one of the known words is close, else nothing.
+
+    >>> nearest("lenet", ["lenet5", "resnet18"])
+    " Did you mean 'lenet5'?"
+    """
+    hits = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {hits[0]!r}?" if hits else ""

@@ -1,0 +1,79 @@
+"""Writing so that nothing is ever half there: whole files by rename, whole lines by one append."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runner.faults import StorageError
+
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Put `content` at `path`: readers see the old file or the new one, also after a power cut where `durable`.
+
+    Raises StorageError with the number of bytes needed; the old file stays, the temporary one is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
+        try:
+            write_all(handle, content)
+            if durable:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
+    except OSError as error:
+        remove(temporary)
+        raise StorageError(f"{path}: could not write {len(content):,} bytes: {reason(error)}") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
+    """A JSON file, whole or not at all."""
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode(), durable=durable)
+
+
+def write_all(handle: int, content: bytes) -> None:
+    """os.write until everything is written; a full disk may take only a part."""
+    view = memoryview(content)
+    while view:
+        written = os.write(handle, view)
+        if written == 0:
+            raise OSError(errno.ENOSPC, "nothing more could be written")
+        view = view[written:]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete if it is there; a failure to tidy up is never the error that a person sees."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def sha256(content: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def reason(error: OSError) -> str:
+    """What the operating system says, with a hint where one helps."""
+    hints = {errno.ENOSPC: "; free some space and run the same command again", errno.EROFS: "; the disk is read-only"}
+    return f"{error.strerror or error}{hints.get(error.errno or 0, '')}"

@@ -1,0 +1,103 @@
+"""The run folder: its name, its lock, its logs and its status. One run, one folder, one process at a time."""
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from runner.config import config_hash
+from runner.faults import Locked
+from runner.files import NO_FOLLOW, reason, write_json
+from runner.log import CsvLog
+from runner.schema import RunConfig
+
+METRICS = (
+    "epoch step phase lr batch_size input_size train_loss train_top1 val_loss val_top1 val_top5 best_val_top1".split()
+)
+TIMING = "epoch step seconds images_per_s eval_seconds peak_memory_bytes saved_bytes_per_sample".split()
+LAYERS = "layer kind becomes weight_bits act_bits grad_bits parameters macs why".split()
+HEALTH = "epoch layer clip_ratio step_size flip_rate code_entropy grad_norm".split()
+
+
+def run_path(config: RunConfig) -> Path:
+    """Where a config's run lies: a readable part and the hash of all that matters."""
+    readable = config.name or f"{config.model.name}-{config.quant.name}-{config.dataset.name}-s{config.seed}"
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", readable).strip("-.")[:80] or "run"
+    return Path(config.outputs) / "runs" / f"{slug}-{config_hash(config)}"
+
+
+class RunFolder:
+    """An open run folder. Raises Locked where it cannot be made or another process works in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink() or self.checkpoints.is_symlink():
+                raise Locked(f"{path}: is a symbolic link; runs are not written through links")
+            self._lock = _take_lock(path / ".lock")
+        except OSError as error:
+            raise Locked(f"{path}: cannot be used: {reason(error)}") from error
+        self.metrics = CsvLog(path / "metrics.csv", METRICS)
+        self.timing = CsvLog(path / "timing.csv", TIMING)
+        self.health = CsvLog(path / "quant.csv", HEALTH)
+        self._facts: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+
+    @property
+    def logs(self) -> dict[str, CsvLog]:
+        """The files that a checkpoint goes back in, by name."""
+        return {log.path.name: log for log in (self.metrics, self.timing, self.health)}
+
+    def status(self, state: str, exit_code: int | None = None, why: str = "", **facts: Any) -> None:
+        """Say how the run stands; the facts given once stay."""
+        self._facts |= facts
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(
+            self.path / "status.json",
+            {"state": state, "exit_code": exit_code, "reason": why, **self._facts, "updated": now},
+        )
+
+    def close(self) -> None:
+        for log in self.logs.values():
+            log.close()
+        os.close(self._lock)
+
+
+def status_of(path: Path) -> dict[str, Any]:
+    """What status.json says; empty where there is none that can be read."""
+    try:
+        found = json.loads((path / "status.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _take_lock(path: Path, patience: float = 5.0) -> int:
+    """An exclusive lock that lives as long as this process; waits a little for the dying workers of a killed one."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+            alive = _is_alive(holder)
+            if alive or time.monotonic() > deadline:
+                os.close(handle)
+                raise Locked(f"{path.parent}: another process works here: {holder or 'unknown'}") from None
+            time.sleep(0.05)
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return handle
+
+
+def _is_alive(holder: str) -> bool:
+    match = re.fullmatch(r"pid (\d+) on (.+)", holder)
+    return bool(match and match[2] == socket.gethostname() and Path(f"/proc/{match[1]}").exists())

@@ -1,0 +1,52 @@
+"""Optimizers as a regime names them: built from a setting, and kept in step with it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.base import QuantizedLayer
+from runner.regime import Setting
+from runner.schema import COMMON, OPTIMIZERS
+
+CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+    "SGD": torch.optim.SGD,
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "RMSprop": torch.optim.RMSprop,
+}
+
+
+def optimizer_for(model: nn.Module, setting: Setting, current: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+    """The optimizer that a setting asks for: the current one, brought up to date, or a new one where the class changes."""
+    cls = CLASSES[setting["optimizer"]]
+    if current is None or type(current) is not cls:
+        current = cls(_groups(model), **_arguments(setting))
+    for group in current.param_groups:
+        group |= _arguments(setting)
+        if group["name"] == "no_decay":
+            group["weight_decay"] = 0.0
+    return current
+
+
+def _arguments(setting: Setting) -> dict[str, Any]:
+    keys = COMMON | OPTIMIZERS[setting["optimizer"]]
+    arguments = {key: value for key, value in setting.items() if key in keys}
+    return arguments | ({"betas": tuple(arguments["betas"])} if "betas" in arguments else {})
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters in two groups: those that weight decay may touch, and those that their layer keeps from it."""
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, QuantizedLayer)
+        for name, parameter in module.named_parameters(recurse=False)  # type: ignore[attr-defined]
+        if name in module.no_decay
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        ("decay", [p for p in parameters if id(p) not in kept]),
+        ("no_decay", [p for p in parameters if id(p) in kept]),
+    ]
+    return [{"params": members, "name": name} for name, members in groups if members]

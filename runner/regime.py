@@ -1,0 +1,126 @@
+"""Schedules as pure functions: what holds at a point of training follows from the phases and the point alone.
+
+No state, so a run that is resumed in the middle has the right values at its first step; no code in strings.
+Phases are placed by epoch or by step; `time` and `end` below count in that unit, epochs with their fraction.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.schema import COMMON, OPTIMIZERS, DataPhase, Phase, RunConfig, Schedule, Value
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A point of training: before the batch `batch` (of `batches`) of `epoch`, after `step` optimizer steps."""
+
+    epoch: int
+    batch: int
+    batches: int
+    step: int
+
+
+def setting_at(phases: Sequence[Phase], clock: Clock, *, epochs: int, steps: int) -> Setting:
+    """Everything that holds at a point: the optimizer, its arguments, `phase` (index), and what is scheduled beside them.
+
+    `epochs` and `steps` are the length of the whole run; the last schedule of a key ends there. A phase that names another
+    optimizer keeps lr and weight_decay and drops the arguments that belong to the old one.
+
+    >>> phases = [Phase(epoch=0, optimizer="SGD", lr=0.1, momentum=0.9), Phase(epoch=2, lr=0.01)]
+    >>> setting_at(phases, Clock(epoch=2, batch=0, batches=10, step=20), epochs=3, steps=30)
+    {'phase': 1, 'optimizer': 'SGD', 'lr': 0.01, 'momentum': 0.9}
+    """
+    by_step = phases[0].step is not None
+    time = clock.step if by_step else clock.epoch + clock.batch / max(clock.batches, 1)
+    end = steps if by_step else epochs
+    starts = [float(phase.step if by_step else phase.epoch or 0) for phase in phases]  # type: ignore[arg-type]
+    current = max(index for index, start in enumerate(starts) if start <= time)
+    setting: Setting = {"phase": current}
+    for index in range(current + 1):
+        changes = _values(phases[index])
+        if changes.get("optimizer", setting.get("optimizer")) != setting.get("optimizer"):
+            kept = COMMON | {"phase"} | {key for key in setting if not _belongs_to_an_optimizer(key)}
+            setting = {key: value for key, value in setting.items() if key in kept}
+        for key, value in changes.items():
+            later = [starts[i] for i in range(index + 1, len(phases)) if key in _values(phases[i])]
+            setting[key] = value_at(value, starts[index], min([*later, end]), time)
+    return setting
+
+
+def value_at(value: Any, start: float, end: float, time: float) -> Any:
+    """A number stays what it is; a schedule that runs from `start` to `end` is evaluated at `time`.
+
+    >>> value_at(Schedule.model_validate({"schedule": "cosine", "from": 1, "to": 0}), 0, 10, 5)
+    0.5
+    """
+    if not isinstance(value, Schedule):
+        return value
+    first, last = float(value.start), float(value.end if value.end is not None else value.start)
+    progress = min(max((time - start) / (value.length or (end - start) or 1), 0.0), 1.0)
+    match value.schedule:
+        case "linear" | "warmup":
+            return first + (last - first) * progress
+        case "cosine":
+            return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+        case "exponential":
+            return first * (last / first) ** progress
+        case "step":
+            return first * value.gamma ** math.floor((time - start) / (value.every or 1))
+    return first
+
+
+def data_setting_at(phases: Sequence[DataPhase], epoch: int) -> Setting:
+    """Batch size and input size of an epoch, and the index of the phase.
+
+    >>> data_setting_at([DataPhase(epoch=0, batch_size=256, input_size=128), DataPhase(epoch=15, batch_size=64)], 20)
+    {'phase': 1, 'batch_size': 64, 'input_size': 128}
+    """
+    setting: Setting = {"phase": 0, "batch_size": None, "input_size": None}
+    for index, phase in enumerate(phases):
+        if phase.epoch <= epoch:
+            changes = {"batch_size": phase.batch_size, "input_size": phase.input_size}
+            setting |= {"phase": index} | {key: value for key, value in changes.items() if value is not None}
+    return setting
+
+
+def steps_per_epoch(samples: int, batch_size: int, drop_last: bool) -> int:
+    """Batches of one epoch; a last batch of a single sample is left out, since batch norm has no variance for it."""
+    full, rest = divmod(samples, batch_size)
+    return full + int(rest > 1 and not drop_last) if full else int(samples > 0)
+
+
+def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
+    """One row an epoch: what holds at its start."""
+    regime, data = config.regime.phases or [], config.data_regime.phases or []
+    lengths = []
+    for epoch in range(config.total_epochs):
+        batch_size = data_setting_at(data, epoch)["batch_size"]
+        lengths.append(steps_per_epoch(samples, batch_size, config.dataset.drop_last))
+    step = 0
+    for epoch, batches in enumerate(lengths):
+        clock = Clock(epoch=epoch, batch=0, batches=batches, step=step)
+        setting = setting_at(regime, clock, epochs=config.total_epochs, steps=sum(lengths))
+        yield (
+            {"epoch": epoch, "step": step}
+            | setting
+            | {k: v for k, v in data_setting_at(data, epoch).items() if k != "phase"}
+        )
+        step += batches
+
+
+def _values(phase: Phase) -> dict[str, Any]:
+    """What a phase sets, flat: `quant: {sharpness: …}` becomes `quant.sharpness`."""
+    own: dict[str, Any] = {}
+    for key in phase.model_fields_set - {"epoch", "step", "quant"}:
+        own[key] = getattr(phase, key)
+    scheduled: dict[str, Value] = phase.quant or {}
+    order = [key for key in Phase.model_fields if key in own and own[key] is not None]
+    return {key: own[key] for key in order} | {f"quant.{key}": value for key, value in scheduled.items()}
+
+
+def _belongs_to_an_optimizer(key: str) -> bool:
+    return key in set().union(*OPTIMIZERS.values())
