@@ -8,7 +8,7 @@ the widths are those of the Caffe example and of https://github.com/jiecaoyu/XNO
 from collections import OrderedDict
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Len
 from torch import nn
 
 from models.base import register
@@ -22,7 +22,7 @@ def lenet5(
     in_channels: int,
     num_classes: int,
     image_size: int,
-    channels: list[int] = [20, 50],  # noqa: B006 - read only
+    channels: Annotated[list[Annotated[int, Ge(1)]], Len(2, 2)] = [20, 50],  # noqa: B006 - read only
     hidden: Annotated[int, Ge(1)] = 500,
     kernel: Annotated[int, Ge(1)] = 5,
 ) -> nn.Module:
