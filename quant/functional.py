@@ -1,7 +1,18 @@
 """The few functions that every method shares, each with its formula. Gradients live here, settings live in the methods."""
 
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quant.pack import pack_bits, unpack_bits
+
+Ste = Literal["clip", "bireal", "ede", "reste", "identity"]
+WeightGradient = Literal["exact", "binop", "paper", "ste"]
+
+RESTE_REACH, RESTE_CORE = 1.5, 0.1  # ReSTE's two guards: no gradient beyond the first, a constant one inside the second
 
 
 def sign(x: Tensor) -> Tensor:
@@ -12,14 +23,203 @@ def sign(x: Tensor) -> Tensor:
     >>> sign(torch.tensor([-2.0, -0.0, 0.0, 3.0]))
     tensor([-1.,  1.,  1.,  1.])
     """
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    one = x.new_ones(())
+    return torch.where(x >= 0, one, -one)
 
 
 def stochastic_round(x: Tensor) -> Tensor:
     """floor(x + U[0, 1)): an integer whose expectation is x. Draws from torch's default generator, which the run seeds.
 
     >>> _ = torch.manual_seed(0)
-    >>> stochastic_round(torch.full((10_000,), 0.25)).mean().round(decimals=1).item()
+    >>> round(stochastic_round(torch.full((10_000,), 0.25)).mean().item(), 1)
     0.2
     """
     return torch.floor(x + torch.rand_like(x))
+
+
+def ste_round(x: Tensor) -> Tensor:
+    """round(x) forward, the identity backward: the straight-through estimator (arXiv 1308.3432).
+
+    >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+    >>> y = ste_round(x); y.sum().backward(); (y.tolist(), x.grad.tolist())
+    ([0.0, 2.0], [1.0, 1.0])
+    """
+    return x + (x.round() - x).detach()
+
+
+def filter_mean(w: Tensor) -> Tensor:
+    """The mean over everything but the first dimension, kept broadcastable: one number a filter. (O, ...) -> (O, 1, ...)"""
+    return w.mean(list(range(1, w.dim())), keepdim=True)
+
+
+# ---- one bit a value --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How a tensor of yes and no is kept at 1 bit a value, in the order of its memory, so that nothing is moved about.
+
+    >>> x = torch.tensor([[True, False, True]])
+    >>> bits = Bits.of(x)
+    >>> (bits.pack(x).tolist(), bits.unpack(bits.pack(x)).tolist())
+    ([5], [[True, False, True]])
+    """
+
+    shape: torch.Size
+    channels_last: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Bits":
+        return cls(x.shape, x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+    def pack(self, flags: Tensor) -> Tensor:
+        return pack_bits(flags.permute(0, 2, 3, 1) if self.channels_last else flags.contiguous())
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        if not self.channels_last:
+            return unpack_bits(packed, self.shape)
+        batch, channels, height, width = self.shape
+        return unpack_bits(packed, (batch, height, width, channels)).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class SignBits(Bits):
+    """A codec for `quant.matmul`: an input of -1 and +1 is remembered at 1 bit a value."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.pack(x > 0),)
+
+    def decode(self, *saved: Tensor) -> Tensor:
+        one = torch.ones((), device=saved[0].device)
+        return torch.where(self.unpack(saved[0]), one, -one)
+
+
+# ---- the sign of activations ------------------------------------------------------------------------------------------
+
+
+def ste_slope(x: Tensor, ste: Ste, sharpness: Tensor | None = None) -> Tensor:
+    """What stands in for d sign(x)/dx, with t = `sharpness` where a method has one:
+
+        clip      1 where |x| <= 1                           BNN, XNOR-Net (arXiv 1603.05279; its `r 1_{|r|<=1}` is a slip)
+        bireal    max(0, 2 - 2|x|)                           Bi-Real Net, arXiv 1808.00278, eq. 6
+        ede       max(1/t, 1) t (1 - tanh(t x)^2)            IR-Net, arXiv 1909.10788, eq. 11; t goes from 0.1 to 10
+        reste     |x|^((1-t)/t) / t where |x| <= 1.5         ReSTE, arXiv 2308.06689; t goes from 1 to 3;
+                  0.1^(1/t) / 0.1 where |x| < 0.1            inside 0.1 the secant, because the power has a pole at 0
+        identity  1
+
+    >>> ste_slope(torch.tensor([-1.5, -1.0, 0.25]), "bireal")
+    tensor([0.0000, 0.0000, 1.5000])
+    """
+    a = x.abs()
+    if ste == "clip":
+        return (a <= 1).to(x.dtype)
+    if ste == "bireal":
+        return (2 - 2 * a).clamp_min(0)
+    if ste == "identity":
+        return torch.ones_like(x)
+    if sharpness is None:
+        raise ValueError(f"ste={ste} needs a sharpness")
+    t = sharpness.to(x.dtype)
+    if ste == "ede":
+        return t.reciprocal().clamp_min(1) * t * (1 - torch.tanh(t * x).square())
+    curve = a.clamp_min(RESTE_CORE).pow((1 - t) / t) / t
+    core = RESTE_CORE ** (1 / t) / RESTE_CORE
+    return torch.where(a < RESTE_CORE, core, curve) * (a <= RESTE_REACH)
+
+
+class _SteSign(torch.autograd.Function):
+    """y = sign(x);  dx = slope(x) g.  Kept for backward: 1 bit a value for clip, nothing for identity, x for the curves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ste: Ste, sharpness: Tensor | None) -> Tensor:
+        ctx.ste, ctx.bits = ste, Bits.of(x)
+        if ste == "clip":
+            ctx.save_for_backward(ctx.bits.pack(x.abs() <= 1))
+        elif ste != "identity":
+            ctx.save_for_backward(x, sharpness)
+        return sign(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.ste == "identity":
+            return g, None, None
+        if ctx.ste == "clip":
+            return g * ctx.bits.unpack(ctx.saved_tensors[0]), None, None
+        x, sharpness = ctx.saved_tensors
+        return g * ste_slope(x, ctx.ste, sharpness), None, None
+
+
+def ste_sign(x: Tensor, ste: Ste = "clip", sharpness: Tensor | None = None) -> Tensor:
+    """sign(x) whose gradient is `ste_slope(x) g`. x of any shape -> -1 and +1 in the same shape and dtype.
+
+    >>> x = torch.tensor([-1.5, -1.0, 0.0, 0.5], requires_grad=True)
+    >>> ste_sign(x).sum().backward(); x.grad
+    tensor([0., 1., 1., 1.])
+    """
+    y: Tensor = _SteSign.apply(x, ste, sharpness)
+    return y
+
+
+# ---- the scaled sign of weights ---------------------------------------------------------------------------------------
+
+
+class _ScaledSign(torch.autograd.Function):
+    """W~ = alpha s with s = sign(W), alpha = mean|W| of the filter, n = its size, m = 1_{|W| <= 1}, G = dC/dW~.
+
+    Both alpha and s depend on W, and alpha depends on every weight of the filter (arXiv 1603.05279, sec. 3.1):
+
+        dW~_j/dW_i = s_j s_i / n + alpha m_i [i = j]     =>     dC/dW_i = (s_i / n) sum_j G_j s_j + alpha m_i G_i
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, form: WeightGradient) -> Tensor:
+        ctx.save_for_backward(w)
+        ctx.form = form
+        return sign(w) * filter_mean(w.abs())
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (w,) = ctx.saved_tensors
+        n, c = w[0].numel(), w.shape[1]
+        through_sign = filter_mean(w.abs()) * (w.abs() <= 1) * g
+        if ctx.form == "ste":
+            return through_sign, None
+        if ctx.form == "paper":
+            return through_sign + g / n, None
+        s = sign(w)
+        exact = through_sign + s * filter_mean(g * s)
+        return exact * (binop_factor(n, c) if ctx.form == "binop" else 1), None
+
+
+def binop_factor(n: int, c: int) -> float:
+    """The constant of XNOR-Net-PyTorch's updateBinaryGradWeight, n (1 - 1/c); without the second part where c = 1, since a
+    layer with one input channel is not centred (and would stand still).
+
+    >>> binop_factor(27, 3)
+    18.0
+    """
+    return n * (c - 1) / c if c > 1 else float(n)
+
+
+def scaled_sign(w: Tensor, form: WeightGradient = "exact") -> Tensor:
+    """alpha(W) sign(W), the nearest binary filter to W, one alpha a filter (XNOR-Net, arXiv 1603.05279, eq. 4 and 6).
+
+    `form` chooses the gradient, with s, n, alpha, m, G as in `_ScaledSign`:
+
+        exact   (s/n) sum_j G_j s_j + alpha m G    the derivative
+        binop   n (1 - 1/c) times that             what XNOR-Net-PyTorch computes (c = size of dimension 1)
+        paper   G (1/n + alpha m)                  as printed, which drops the terms j != i: right only for n = 1
+        ste     alpha m G                          alpha held constant
+
+    w (O, C, ...) -> the same shape.
+
+    >>> w = torch.tensor([[0.5, -0.25], [0.0, 2.0]], requires_grad=True)
+    >>> y = scaled_sign(w); y.tolist()
+    [[0.375, -0.375], [1.0, 1.0]]
+    >>> y.backward(torch.tensor([[1.0, 0.0], [1.0, 1.0]])); w.grad.tolist()
+    [[0.875, -0.5], [2.0, 1.0]]
+    """
+    y: Tensor = _ScaledSign.apply(w, form)
+    return y

@@ -142,6 +142,7 @@ def linear(
     codec: Codec | None = None,
     grad_input: GradientMap | None = None,
     grad_weight: GradientMap | None = None,
+    shape: Linear | None = None,
 ) -> Tensor:
     """x (..., C), w (O, C), bias (O) or None -> (..., O)."""
-    return _Matmul.apply(x, w, bias, Linear(), codec or Whole(), grad_input, grad_weight)
+    return _Matmul.apply(x, w, bias, shape or Linear(), codec or Whole(), grad_input, grad_weight)

@@ -1,0 +1,198 @@
+"""XNOR-Net: binary weights with a scale, binary activations (Rastegari et al. 2016, arXiv 1603.05279).
+
+    weights      W ~ alpha sign(W),   alpha = mean |W| of each output filter                              eq. 4, 6
+    input        I ~ sign(BN(I)),     sign(0) = +1
+    layer        y = (sign(BN(I)) * sign(W)) alpha [K] + b,   K = box filter of mean_c |BN(I)|            eq. 11
+
+A layer is self-contained: it carries the batch normalisation before its sign (the paper's block order B-A-C-P), so that
+any network can be rewritten. The gradients are in `quant.functional`: `scaled_sign` for weights, `ste_sign` for activations;
+quant/README.md derives them.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Gt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant import matmul
+from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
+from quant.functional import SignBits, scaled_sign, sign, ste_sign
+
+BATCH_NORM_EPS = 1e-4  # of both public implementations
+SCHEDULED_STE = ("ede", "reste")
+
+
+@dataclass(frozen=True)
+class SignConv(matmul.Conv):
+    """A convolution with weights alpha s that sums signs and scales the sum: a whole number first, alpha once behind it.
+
+    The same as convolving with alpha s, and to the last bit what a packed kernel computes from popcounts.
+    Zero padding adds nothing to the sum, as in conv2d.
+    """
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return _scaled(super().forward(x, sign(w), None), w, bias, (-1, 1, 1))
+
+
+@dataclass(frozen=True)
+class SignLinear(matmul.Linear):
+    """The same for a linear layer."""
+
+    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return _scaled(super().forward(x, sign(w), None), w, bias, (-1,))
+
+
+def _scaled(sums: Tensor, w: Tensor, bias: Tensor | None, channel: tuple[int, ...]) -> Tensor:
+    alpha = w.flatten(1)[:, 0].abs().to(sums.dtype).view(channel)
+    return sums * alpha if bias is None else sums * alpha + bias.to(sums.dtype).view(channel)
+
+
+def window_mean(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """K of eq. 11: the mean of |x| over the channels of a group, then over the filter's window, with the layer's geometry.
+
+    x (B, C, H, W) -> (B, 1, H', W'), or (B, O, H', W') where the layer has groups.
+    """
+    groups = layer.groups
+    channel_mean = x.abs().unflatten(1, (groups, -1)).mean(2)
+    height, width = layer.kernel_size
+    box = x.new_full((groups, 1, height, width), 1 / (height * width))
+    means = F.conv2d(channel_mean, box, None, layer.stride, layer.padding, layer.dilation, groups)
+    return means if groups == 1 else means.repeat_interleave(layer.out_channels // groups, 1)
+
+
+class _Binary(QuantizedLayer, nn.Module):
+    """What the two layers share. `norm` is the batch normalisation before the sign, None where the settings want none."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    norm: nn.BatchNorm1d | nn.BatchNorm2d | None
+    sharpness: Tensor | None
+
+    def _prepare(
+        self, old: nn.Conv2d | nn.Linear, settings: "Xnor", norm: type[nn.BatchNorm1d | nn.BatchNorm2d]
+    ) -> None:
+        self.settings = settings
+        self.weight, self.bias = old.weight, old.bias
+        self.precision = Precision(weight=1, act=1 if settings.binary_activations else FLOAT)
+        place: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+        with_norm = settings.binary_activations and settings.input_norm == "batch"
+        channels = old.in_channels if isinstance(old, nn.Conv2d) else old.in_features
+        self.norm = norm(channels, eps=BATCH_NORM_EPS, **place) if with_norm else None
+        curved = settings.binary_activations and settings.ste in SCHEDULED_STE
+        self.register_buffer("sharpness", torch.tensor(settings.sharpness, **place) if curved else None, False)
+
+    @property
+    def _may_centre(self) -> bool:
+        return self.weight.shape[1] > 1  # the mean over a single channel is the weight itself: nothing would be left
+
+    def _latent_weight(self) -> Tensor:
+        """The weight whose sign is taken. Where it is centred in the graph its gradient is g - mean_c g."""
+        if self.settings.centre == "graph" and self._may_centre:
+            return self.weight - self.weight.mean(1, keepdim=True)
+        return self.weight
+
+    def _binary_weight(self) -> Tensor:
+        return scaled_sign(self._latent_weight(), self.settings.gradient)
+
+    def _binary_input(self, normalised: Tensor) -> Tensor:
+        return ste_sign(normalised, self.settings.ste, self.sharpness)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """W <- clamp(W - mean over input channels, -1, 1), as far as the settings ask for it."""
+        if self.settings.centre == "project" and self._may_centre:
+            self.weight.sub_(self.weight.mean(1, keepdim=True))
+        if self.settings.clamp:
+            self.weight.clamp_(-1, 1)
+
+    @torch.no_grad()
+    def weight_codes(self) -> Tensor:
+        return sign(self._latent_weight()).to(torch.int8)
+
+    @torch.no_grad()
+    def health(self, x: Tensor) -> dict[str, float]:
+        """`step_size`: the mean alpha. `clip_ratio`: the share of inputs outside [-1, 1], normalised by the running figures."""
+        figures = {"step_size": self._latent_weight().abs().mean().item()}
+        if self.settings.binary_activations:
+            if (norm := self.norm) is not None:
+                flat = x if x.dim() == 4 else x.flatten(0, -2)
+                x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+            figures["clip_ratio"] = (x.abs() > 1).float().mean().item()
+        return figures
+
+
+class BinaryConv2d(_Binary, nn.Conv2d):
+    """y = conv(sign(BN(x)), sign(W)) alpha [K] + b.   x (B, C, H, W) -> (B, O, H', W')"""
+
+    def __init__(self, old: nn.Conv2d, settings: "Xnor") -> None:
+        super().__init__(
+            old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
+            device="meta",
+        )  # fmt: skip
+        self._prepare(old, settings, nn.BatchNorm2d)
+        self.shape = SignConv.of(old) if settings.binary_activations else matmul.Conv.of(old)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self._binary_weight()
+        if not self.settings.binary_activations:
+            return matmul.conv2d(x, w, self.bias, self.shape)
+        x = x if self.norm is None else self.norm(x)
+        signs = self._binary_input(x)
+        codec = SignBits.of(signs)
+        if not self.settings.input_scale:
+            return matmul.conv2d(signs, w, self.bias, self.shape, codec)
+        y = matmul.conv2d(signs, w, None, self.shape, codec) * window_mean(x, self)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+
+class BinaryLinear(_Binary, nn.Linear):
+    """y = (sign(BN(x)) sign(W)^T) alpha [mean |BN(x)| of the row] + b.   x (..., C) -> (..., O)"""
+
+    def __init__(self, old: nn.Linear, settings: "Xnor") -> None:
+        super().__init__(old.in_features, old.out_features, device="meta")
+        self._prepare(old, settings, nn.BatchNorm1d)
+        self.shape = SignLinear() if settings.binary_activations else matmul.Linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self._binary_weight()
+        if not self.settings.binary_activations:
+            return matmul.linear(x, w, self.bias)
+        x = x if self.norm is None else self.norm(x.flatten(0, -2)).view(x.shape)
+        signs = self._binary_input(x)
+        codec = SignBits.of(signs)
+        if not self.settings.input_scale:
+            return matmul.linear(signs, w, self.bias, codec, shape=self.shape)
+        y = matmul.linear(signs, w, None, codec, shape=self.shape) * x.abs().mean(-1, keepdim=True)
+        return y if self.bias is None else y + self.bias
+
+
+@register("xnor")
+@dataclass(frozen=True, kw_only=True)
+class Xnor(Quantizer):
+    """Settings of XNOR-Net; conf/quant/xnor.yaml says what each one means.
+
+    >>> layer = Xnor().layer(nn.Conv2d(8, 4, 3))
+    >>> y = layer(torch.randn(2, 8, 5, 5))
+    >>> (tuple(y.shape), layer.precision.weight, layer.precision.act, layer.weight_codes().unique().tolist())
+    ((2, 4, 3, 3), 1, 1, [-1, 1])
+    """
+
+    gradient: Literal["exact", "binop", "paper", "ste"] = "exact"
+    centre: Literal["none", "project", "graph"] = "project"
+    clamp: bool = True
+    binary_activations: bool = True
+    ste: Literal["clip", "bireal", "ede", "reste", "identity"] = "clip"
+    sharpness: Annotated[float, Gt(0)] = 1.0
+    input_norm: Literal["batch", "none"] = "batch"
+    input_scale: bool = False
+    scheduled = ("sharpness",)
+
+    def layer(self, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, nn.Conv2d):
+            return BinaryConv2d(module, self)
+        if isinstance(module, nn.Linear):
+            return BinaryLinear(module, self)
+        raise ValueError(f"xnor rewrites Conv2d and Linear, not {type(module).__name__}")
