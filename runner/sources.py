@@ -1,0 +1,178 @@
+"""Batches out of what is in memory or streamed: order, shards and augmentation are the same for both.
+
+A batch is a pure function of (seed, epoch, index of the batch): training can stop and go on anywhere.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from runner.augment import Augment, Draw, Normalise, crop_boxes, resize, resized_crop
+from runner.datasets import Files, Pixels
+from runner.decode import BadImageError, refuse
+from runner.faults import BadData
+from runner.stream import Reply, Request, Stream
+
+log = logging.getLogger(__name__)
+Batch = tuple[Tensor, Tensor]
+
+
+class Source(Protocol):
+    """One part of a data set, as batches."""
+
+    @property
+    def skipped(self) -> int:
+        """Images left out because they could not be decoded, as far as is known by now."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def steps(self, batch_size: int, world: int = 1) -> int:
+        """Batches of one pass; in training the same number in each of `world` processes."""
+        ...
+
+    def batches(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        input_size: int | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """(float32 NCHW, normalised; int64 labels) on the device, from batch `start` on; `batch_size` is per process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What turns stored pixels into batches; `train` shuffles and augments."""
+
+    augment: Augment
+    normalise: Normalise
+    image_size: int
+    device: torch.device
+    train: bool
+    drop_last: bool
+
+    def finish(self, pixels: Tensor, samples: Tensor, draw: Draw | None, size: int, crop: bool) -> Tensor:
+        """uint8 to float32. With `crop`, random boxes are still to be cut (of images that were stored whole)."""
+        if draw is None:
+            return resize(self.normalise(pixels), size)
+        if crop and self.augment.scale:
+            boxes = crop_boxes(draw, samples.cpu(), pixels.shape[2], pixels.shape[3], self.augment.scale)
+            pixels = resized_crop(pixels, boxes, size)
+        x = self.normalise(self.augment.pixels(pixels, samples, draw))
+        return resize(self.augment.erase_(x, samples, draw), size)
+
+
+class _Shards:
+    """Which samples make up which batch.
+
+    One global order is cut into global batches of batch_size * world; each process takes its contiguous share. The
+    last, uneven one is shared out as evenly as can be. In training it is dropped, in all processes alike, if that
+    leaves any of them fewer than two images (batch norm has no variance of one) or if `drop_last` asks for it; in
+    evaluation every image is seen exactly once, and a process with an empty share has a batch less.
+    """
+
+    def __init__(self, index: Tensor, recipe: Recipe) -> None:
+        self.index, self.recipe = index, recipe
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def steps(self, batch_size: int, world: int = 1) -> int:
+        full, rest = divmod(len(self), batch_size * world)
+        if self.recipe.train:
+            return full + (rest // world >= 2 and not self.recipe.drop_last)
+        return full + (rest > 0)
+
+    def _samples(self, draw: Draw, batch_size: int, start: int, rank: int, world: int) -> Iterator[Tensor]:
+        """The samples of each batch of this process, on the device."""
+        order = self.index[draw.order(len(self))] if self.recipe.train else self.index
+        order = order.to(self.recipe.device)
+        for step in range(start, self.steps(batch_size, world)):
+            together = order[step * batch_size * world : (step + 1) * batch_size * world]
+            share = together[len(together) * rank // world : len(together) * (rank + 1) // world]
+            if len(share):
+                yield share
+
+
+class MemorySource(_Shards):
+    """Batches of images that lie on the device."""
+
+    def __init__(self, content: Pixels, index: Tensor, recipe: Recipe, skipped: int) -> None:
+        super().__init__(index, recipe)
+        self.content, self.skipped = content, skipped
+
+    def batches(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        input_size: int | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        draw, size = Draw(seed, epoch), input_size or self.recipe.image_size
+        for samples in self._samples(draw, batch_size, start, rank, world):
+            pixels = self.content.pixels.index_select(0, samples)
+            x = self.recipe.finish(pixels, samples, draw if self.recipe.train else None, size, crop=True)
+            yield x, self.content.labels.index_select(0, samples)
+
+
+class StreamSource(_Shards):
+    """Batches of images that are decoded as they are needed."""
+
+    def __init__(self, content: Files, index: Tensor, recipe: Recipe, workers: int) -> None:
+        super().__init__(index, recipe)
+        self.content = content
+        self.stream = Stream(content, recipe.augment.scale, workers, pin_memory=recipe.device.type == "cuda")
+        self.bad: set[str] = set()
+
+    @property
+    def skipped(self) -> int:
+        return len(self.bad)
+
+    def batches(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        input_size: int | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        order, size = Draw(seed, epoch), input_size or self.recipe.image_size
+        draw = order if self.recipe.train else None
+        batches = self._samples(order, batch_size, start, rank, world)
+        for reply in self.stream.replies(Request(tuple(samples.tolist()), size, draw) for samples in batches):
+            self._note(reply)
+            if not len(reply.samples):
+                continue
+            pixels = reply.pixels.to(self.recipe.device, non_blocking=True)
+            samples = reply.samples.to(self.recipe.device, non_blocking=True)
+            stored_whole = self.content.decode_size is not None
+            x = self.recipe.finish(pixels, samples, draw, size, crop=stored_whole)
+            yield x, self.content.labels[reply.samples].to(self.recipe.device, non_blocking=True)
+
+    def _note(self, reply: Reply) -> None:
+        """Stop at a bad image, or count it."""
+        for name, reason in reply.bad:
+            if self.content.on_bad == "stop":
+                raise refuse(self.content, BadImageError(name, reason))
+            if name not in self.bad:
+                log.warning("left out %s: %s", self.content.root / name, reason)
+            self.bad.add(name)
+        if self.recipe.train and not len(reply.samples):
+            raise BadData(f"{self.content.root}: a whole batch of images could not be read")
