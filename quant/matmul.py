@@ -16,7 +16,7 @@ True
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Conv:
     groups: int = 1
 
     @classmethod
-    def of(cls, layer: nn.Conv2d) -> "Conv":
+    def of(cls, layer: nn.Conv2d) -> Self:
         """The geometry of an existing layer. Raises ValueError for a padding that is not plain zeros given in pixels."""
         if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             raise ValueError("padding must be given in pixels with padding_mode='zeros'")
@@ -104,7 +104,7 @@ class _Matmul(torch.autograd.Function):
         return shape.forward(x, w, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         w, *saved = ctx.saved_tensors
         size, dtype = ctx.x
@@ -132,7 +132,8 @@ def conv2d(
     grad_weight: GradientMap | None = None,
 ) -> Tensor:
     """x (B, C, H, W), w (O, C/groups, h, w), bias (O) or None -> (B, O, H', W')."""
-    return _Matmul.apply(x, w, bias, shape, codec or Whole(), grad_input, grad_weight)
+    y: Tensor = _Matmul.apply(x, w, bias, shape, codec or Whole(), grad_input, grad_weight)
+    return y
 
 
 def linear(
@@ -145,4 +146,5 @@ def linear(
     shape: Linear | None = None,
 ) -> Tensor:
     """x (..., C), w (O, C), bias (O) or None -> (..., O)."""
-    return _Matmul.apply(x, w, bias, shape or Linear(), codec or Whole(), grad_input, grad_weight)
+    y: Tensor = _Matmul.apply(x, w, bias, shape or Linear(), codec or Whole(), grad_input, grad_weight)
+    return y
