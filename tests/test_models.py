@@ -324,7 +324,7 @@ def test_configs_state_every_argument_with_its_default() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} >= set(OWN_MODELS) | {"torchvision"}
     for path in CONFIGS.glob("*.yaml"):
         keys = yaml.safe_load(path.read_text())
-        assert list(keys.pop("defaults")[0]) == ["override /regime"], path
+        assert list(keys.pop("defaults")[0]) == ["override /regime@_global_.regime"], path
         signature = inspect.signature(MODELS[keys.pop("name")]).parameters
         own = {key: p.default for key, p in signature.items() if p.default is not inspect.Parameter.empty}
         assert keys == own, path
