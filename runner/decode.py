@@ -70,7 +70,7 @@ def to_array(image: Image.Image, channels: int, size: int | None, box: Box | Non
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=box or centre_box(*image.size))
     array = np.asarray(image)
-    return array.transpose(2, 0, 1) if channels == 3 else array[None]
+    return np.ascontiguousarray(array.transpose(2, 0, 1)) if channels == 3 else array[None]
 
 
 def first_size(files: Files) -> tuple[int, int]:
