@@ -118,7 +118,8 @@ def cutout_(x: Tensor, centre_y: Tensor, centre_x: Tensor, side: int) -> Tensor:
     columns = torch.arange(x.shape[3], device=x.device)
     in_rows = (rows >= top) & (rows < top + side)
     in_columns = (columns >= left) & (columns < left + side)
-    return x.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
+    outside = ~(in_rows[:, :, None] & in_columns[:, None, :])
+    return x.mul_(outside[:, None].float())
 
 
 def cutout_slow(x: Tensor, centre_y: Tensor, centre_x: Tensor, side: int) -> Tensor:
@@ -206,10 +207,12 @@ class Augment:
         """Crop and flip, on uint8."""
         if not self.crop and not self.flip:
             return pixels
-        top = draw.integers("top", samples, 2 * self.crop + 1)
-        left = draw.integers("left", samples, 2 * self.crop + 1)
-        flip = draw.integers("flip", samples, 2) if self.flip else torch.zeros_like(samples)
-        return crop_flip(pixels, top, left, flip, self.crop)
+        corners = 2 * self.crop + 1
+        place = draw.integers("crop and flip", samples, corners * corners * 2)
+        corner, flip = place >> 1, place & 1
+        if not self.flip:
+            flip = torch.zeros_like(flip)
+        return crop_flip(pixels, corner // corners, corner % corners, flip, self.crop)
 
     def erase_(self, x: Tensor, samples: Tensor, draw: Draw) -> Tensor:
         """Cutout, on normalised images."""

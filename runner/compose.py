@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,38 @@ def _strings(raw: Any, path: str = "") -> Iterable[tuple[str, str]]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and the folders of `--config-dir DIR`."""
+    overrides: list[str] = []
+    config_dirs: list[str] = []
+    pending = iter(words)
+    for word in pending:
+        if word in {"--config-dir", "-cd"}:
+            config_dirs.append(next(pending, "."))
+        elif word.startswith("--config-dir="):
+            config_dirs.append(word.partition("=")[2])
+        else:
+            overrides.append(word)
+    return overrides, config_dirs
+
+
+def keys_of(words: Sequence[str]) -> list[str]:
+    """The paths that a command line sets."""
+    return [override.key_or_group for override in OverridesParser.create().parse_overrides(list(words))]
+
+
+def expand(words: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep, each as a command line. Raises ConfigError for what cannot be read."""
+    result = Composition()
+    overrides = [o for word in words if (o := _parsed(word, result)) is not None]
+    if result.faults:
+        raise ConfigError(result.faults)
+    axes = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
+        for o in overrides
+    ]
+    return [[str(word) for word in job] for job in product(*axes)]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, create_model
 
 from runner.catalog import MISSING, Component, catalog
+from runner.dataset_files import missing, train_samples
 from runner.faults import ConfigError, Fault, nearest
 from runner.schema import (
     COMMON,
@@ -42,14 +43,17 @@ def check(raw: Mapping[str, Any], skip: Iterable[str] = ()) -> RunConfig:
     for section in COMPONENTS:
         folded[section], found = _fold(section, raw.get(section), known[section])
         faults += found
+        if section == "dataset" and not found:
+            faults += _data_faults(folded[section])
     config, found = _validate(RunConfig, folded, "")
     faults += found
     faults = [f for f in faults if f.path.split(".")[0] not in set(skip)]
     if config is not None and not faults:
-        faults = list(_cross_checks(config, known))
+        config = shorthand(config)
+        faults = list(_cross_checks(config))
     if faults or config is None:
         raise ConfigError(_unique(faults))
-    return shorthand(config)
+    return config
 
 
 def _fold(section: str, raw: Any, known: Mapping[str, Component]) -> tuple[dict[str, Any], list[Fault]]:
@@ -67,6 +71,13 @@ def _fold(section: str, raw: Any, known: Mapping[str, Component]) -> tuple[dict[
     if section == "quant":
         faults += _rule_faults(plain.get("rules"), known[name])
     return {"name": name, "arguments": values, **plain}, faults
+
+
+def _data_faults(dataset: Mapping[str, Any]) -> Iterable[Fault]:
+    """Whether the data set is where the config says, before anything else is done with it."""
+    problem = missing(dataset["name"], dataset["arguments"])
+    if problem:
+        yield Fault("dataset.root", problem)
 
 
 def _signature(component: Component) -> type[BaseModel]:
@@ -115,7 +126,7 @@ def _explain(error: Any, model: type[BaseModel], path: str, also: Sequence[str])
 def _is_union_branch(part: int | str) -> bool:
     """Whether a part of an error's location is pydantic's name of a union branch, no key of ours."""
     text = str(part)
-    return text in {"int", "float", "bool", "str", "Schedule", "none"} or "[" in text
+    return text in {"int", "float", "bool", "str", "Schedule", "none"} or text.startswith("constrained-") or "[" in text
 
 
 def _keys_at(model: type[BaseModel], where: Sequence[int | str]) -> list[str]:
@@ -157,9 +168,10 @@ def _unique(faults: Iterable[Fault]) -> list[Fault]:
     return list({fault.path or fault.message: fault for fault in reversed(list(faults))}.values())[::-1]
 
 
-def _cross_checks(config: RunConfig, known: Mapping[str, Mapping[str, Component]]) -> Iterable[Fault]:
+def _cross_checks(config: RunConfig) -> Iterable[Fault]:
     """What keys must be to one another."""
     yield from _phase_faults(config)
+    yield from _batch_faults(config)
     if config.mode == "evaluate" and not config.checkpoint:
         yield Fault("checkpoint", "mode=evaluate needs checkpoint=PATH: a run folder, a checkpoint or a weights file")
     if config.dataset.mean and config.dataset.std and len(config.dataset.mean) != len(config.dataset.std):
@@ -185,6 +197,16 @@ def _phase_faults(config: RunConfig) -> Iterable[Fault]:
             yield Fault(f"{path}.{key}", f"{optimizer} has no {key}; it takes {', '.join(sorted(accepted))}")
     if config.data_regime.phases and config.data_regime.phases[0].batch_size is None:
         yield Fault("data_regime.phases.0", "the first phase needs a batch_size")
+
+
+def _batch_faults(config: RunConfig) -> Iterable[Fault]:
+    samples = train_samples(config.dataset.name, config.dataset.model_dump() | config.dataset.arguments)
+    for index, phase in enumerate(config.data_regime.phases or []):
+        if samples is not None and (phase.batch_size or 0) > samples:
+            path = f"data_regime.phases.{index}.batch_size"
+            yield Fault(
+                path, f"{phase.batch_size} is more than the {samples:,} training images of {config.dataset.name}"
+            )
 
 
 def _order_faults(section: str, phases: Sequence[Phase | DataPhase]) -> Iterable[Fault]:

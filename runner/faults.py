@@ -92,5 +92,6 @@ def nearest(word: str, known: Sequence[str]) -> str:
     >>> nearest("lenet", ["lenet5", "resnet18"])
     " Did you mean 'lenet5'?"
     """
-    hits = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    swapped = [candidate for candidate in known if sorted(candidate) == sorted(word)]
+    hits = [*swapped, *difflib.get_close_matches(word, known, n=1, cutoff=0.5)]
     return f" Did you mean {hits[0]!r}?" if hits else ""

@@ -1,0 +1,82 @@
+"""The only place where a config becomes objects: model, fixed classifier, pretrained weights, quantizer, device."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.base import build as build_float_model
+from quant.base import find
+from quant.surgery import LayerRow, Rule, quantize_
+from runner.faults import ConfigError, Fault
+from runner.schema import DataPhase, Phase, QuantConfig, RunConfig
+from runner.weights import Match, load_matching, read_weights
+
+
+@dataclass
+class Built:
+    """A network ready to train, and what is to be said about it."""
+
+    model: nn.Module
+    rows: list[LayerRow]
+    remarks: list[str] = field(default_factory=list)
+
+
+def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: int) -> Built:
+    """Model → classifier → pretrained → quantizer. Raises ConfigError for what a component refuses."""
+    for plugin in config.plugins:
+        importlib.import_module(plugin)
+    torch.manual_seed(config.seed)
+    shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    model = _asking("model", build_float_model, config.model.name, **shape, **config.model.arguments)
+    weights = read_weights(Path(config.pretrained)) if config.pretrained else None
+    loaded = load_matching(model, weights.tensors) if weights else set()
+    rows = _asking("quant", quantize_, model, quantizer_of(config.quant), rules_of(config.quant))
+    remarks: list[str] = []
+    if weights:
+        loaded |= load_matching(model, weights.tensors)
+        unused = sorted(weights.tensors.keys() - loaded)
+        remarks += Match(loaded, sorted(model.state_dict().keys() - loaded), unused).lines()
+    return Built(model, rows, remarks)
+
+
+def quantizer_of(config: QuantConfig) -> Any:
+    """The quantizer with its settings."""
+    return _asking("quant", lambda: find(config.name)(**config.arguments))
+
+
+def rules_of(config: QuantConfig) -> list[Rule]:
+    """The rules as surgery reads them."""
+    return [
+        Rule(match=r.patterns, keep=r.keep, optional=r.optional, why=r.why, settings=r.settings) for r in config.rules
+    ]
+
+
+def phases_of(config: RunConfig, model: nn.Module) -> tuple[Sequence[Phase], Sequence[DataPhase]]:
+    """The regimes: the config's, or the model's own where the config leaves them to it."""
+    regime, data = config.regime.phases, config.data_regime.phases
+    return (
+        regime if regime is not None else [Phase.model_validate(p) for p in _own(model, "regime")],
+        data if data is not None else [DataPhase.model_validate(p) for p in _own(model, "data_regime")],
+    )
+
+
+def _own(model: nn.Module, name: str) -> Sequence[Any]:
+    found = getattr(model, name, None)
+    if found is None:
+        raise ConfigError(
+            [Fault(name, f"{name}=model, but {type(model).__name__} carries no attribute `{name}`; choose another")]
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _asking(section: str, make: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a component refuses is a fault of the config."""
+    try:
+        return make(*args, **kwargs)
+    except ValueError as error:
+        raise ConfigError([Fault(section, str(error))]) from error

@@ -1,0 +1,238 @@
+"""The charts of a run page and of a regime's timeline: which columns they show, and where time has got to.
+
+A row of metrics.csv speaks of what an epoch ended with, so it stands where that epoch ended: epoch e at e + 1
+epochs completed. A setting such as the learning rate held from the row before up to its own.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from bokeh.models import ColumnDataSource
+
+from runner.figures import MOST_CELLS, Axis, Panel, Series, Sheet, short_labels, source_of
+from runner.page import Column, number, plain, table, text
+from runner.records import Run
+
+MOST_POINTS = 2_000
+TIME_UNITS = ((7200.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
+
+PANELS = (
+    Panel(
+        "loss",
+        "Loss",
+        (
+            Series("train_loss", "train", "train", "dashed", "square"),
+            Series("val_loss", "val", "val", "solid", "circle"),
+        ),
+        "major",
+        phase_names="above",
+    ),
+    Panel(
+        "accuracy",
+        "Accuracy (%)",
+        (
+            Series("train_top1", "train top-1", "train", "dashed", "square"),
+            Series("val_top1", "val top-1", "val", "solid", "circle"),
+            Series("val_top5", "val top-5", "extra", "dotted", "triangle"),
+        ),
+        "major",
+        phase_names="below",
+    ),
+    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), step="before"),
+    Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), step="before", from_zero=True),
+    Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), step="before", from_zero=True),
+    Panel("speed", "Speed (images/s)", (Series("images_per_s", "images/s"),), from_zero=True),
+)
+TIMELINE_PANELS = (
+    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), "major", "after", phase_names="above"),
+    Panel("momentum", "Momentum", (Series("momentum", "momentum"),), "major", "after", phase_names="above"),
+    Panel("weight_decay", "Weight decay", (Series("weight_decay", "weight decay"),), "minor third", "after", True),
+    Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), "minor third", "after", True),
+    Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), "minor third", "after", True),
+)
+HEALTH = {
+    "clip_ratio": "Clipped values (share)",
+    "step_size": "Step size",
+    "flip_rate": "Flipped codes (share)",
+    "code_entropy": "Code entropy (bits)",
+    "grad_norm": "Gradient norm",
+}
+
+
+def curve_section(run: Run) -> tuple[str, Sheet]:
+    """The curves of a run as HTML, and the sheet that holds their figures."""
+    points, axes = _positions(run.metrics, run.timing)
+    sheet = Sheet(axes, _phases(points, axes))
+    if points.empty:
+        return "<h2>Curves</h2><p>No epoch has ended yet.</p>", sheet
+    shown = _with_start(_thinned(points), axes)
+    source = source_of(shown.assign(x=shown["x_epoch"]))
+    best = _best_point(points)
+    charts = [
+        sheet.curves(panel, source, _in_words(panel, points), best if panel.key == "accuracy" else None)
+        for panel in PANELS
+        if points[[series.column for series in panel.series]].notna().any(axis=None)
+    ]
+    return f'<h2>Curves</h2>{_controls(axes)}<div class="panels">{"".join(charts)}</div>', sheet
+
+
+def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
+    """The curves of a regime as HTML, and the sheet that holds their figures; rows say what holds from there on."""
+    points = rows.assign(phase=rows["phase"].astype(str)) if "phase" in rows else rows.assign(phase="")
+    names = ("epoch", "step")
+    for name in names:
+        points[f"x_{name}"] = pd.to_numeric(points[name], errors="coerce") if name in points else np.nan
+    axes = {name: Axis(name, float(points[f"x_{name}"].max())) for name in names if points[f"x_{name}"].notna().all()}
+    sheet = Sheet(axes, _phases_from(points, axes))
+    charts = []
+    for panel in TIMELINE_PANELS:
+        column = panel.series[0].column
+        points[column] = pd.to_numeric(points[column], errors="coerce") if column in points else np.nan
+        if points[column].notna().any():
+            source = source_of(_thinned(points).assign(x=lambda table: table["x_epoch"]))
+            charts.append(sheet.curves(panel, source, _in_words(panel, points)))
+    return f'{_controls(axes)}<div class="panels">{"".join(charts)}</div>', sheet
+
+
+def health_section(run: Run, sheet: Sheet) -> str:
+    """Maps of quantizer health, layer x time, one to look at and the others to choose; empty where there is none."""
+    kinds = [kind for kind in HEALTH if run.quant[kind].notna().any()]
+    points, axes = _positions(run.metrics, run.timing)
+    cells = run.quant.merge(_spans(points, axes), on="epoch") if kinds and len(points) else pd.DataFrame()
+    if cells.empty:
+        return ""
+    layers = list(dict.fromkeys(run.quant["layer"]))
+    labels = short_labels(layers)
+    step = math.ceil(len(cells) / MOST_CELLS)
+    cells = cells[(cells["epoch"] % step == 0) | (cells["epoch"] == cells["epoch"].max())]
+    cells = cells.assign(row=cells["layer"].map(labels), left=cells["left_epoch"], right=cells["right_epoch"])
+    source = source_of(cells)
+    maps = "".join(
+        sheet.heat_map(f"health-{kind}", HEALTH[kind], kind, source, list(labels.values()), hidden=index > 0)
+        for index, kind in enumerate(kinds)
+    )
+    options = "".join(f'<option value="plot-health-{kind}">{text(HEALTH[kind])}</option>' for kind in kinds)
+    choice = f'<p class="choice"><label>Show <select data-figures>{options}</select></label></p>'
+    return f'<h2>Quantizer health</h2>{choice}<div class="heat">{maps}</div>{_last_health(run, kinds)}'
+
+
+def _last_health(run: Run, kinds: list[str]) -> str:
+    last = run.quant[run.quant["epoch"] == run.quant["epoch"].max()]
+    columns = [Column("layer", "layer", numeric=False), *(Column(kind, HEALTH[kind]) for kind in kinds)]
+    rows = [{str(key): value for key, value in row.items()} for row in last.to_dict("records")]
+    caption = f"Quantizer health after epoch {plain(last['epoch'].max())}; all epochs are in quant.csv"
+    numbers = table(columns, rows, caption, sortable=True, tall=True)
+    return f"<details><summary>The last epoch as a table</summary>{numbers}</details>"
+
+
+def _positions(metrics: pd.DataFrame, timing: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Axis]]:
+    """Metrics beside timing, with x_<axis> for every axis that is known for all rows."""
+    beside = timing.drop(columns="step").drop_duplicates("epoch", keep="last")
+    points = metrics.dropna(subset=["epoch"]).merge(beside, on="epoch", how="left")
+    if points.empty:
+        return points, {}
+    spent = (points["seconds"] + points["eval_seconds"].fillna(0)).cumsum()
+    total = number(spent.iloc[-1]) or 0.0
+    _, unit, symbol = next(entry for entry in TIME_UNITS if total >= entry[0])
+    places = {
+        "epoch": ("epochs completed", points["epoch"] + 1),
+        "step": ("optimizer steps", points["step"]),
+        "time": (f"time spent ({symbol})", spent / unit),
+    }
+    axes = {}
+    for name, (label, position) in places.items():
+        if position.notna().all():
+            points[f"x_{name}"] = position
+            axes[name] = Axis(label, float(position.max()))
+    return points, axes
+
+
+def _with_start(points: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
+    """The points after one at zero, from which the settings of the first row held."""
+    start = points.iloc[:1].copy()
+    measured = [series.column for panel in PANELS if panel.step is None for series in panel.series]
+    start[measured] = np.nan
+    start[[f"x_{name}" for name in axes]] = 0.0
+    return pd.concat([start, points], ignore_index=True)
+
+
+def _spans(points: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
+    """From where to where each epoch reached, on every axis."""
+    spans = points[["epoch"]].copy()
+    for name in axes:
+        spans[f"left_{name}"] = points[f"x_{name}"].shift(fill_value=0.0)
+        spans[f"right_{name}"] = points[f"x_{name}"]
+    return spans
+
+
+def _phases(points: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
+    """One row a phase, in order, with its borders on every axis."""
+    if points.empty:
+        return pd.DataFrame({"left": [], "right": [], "label": []})
+    spans = _spans(points, axes).assign(phase=points["phase"])
+    return _merged_phases(spans, axes)
+
+
+def _phases_from(points: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
+    spans = points[["phase"]].copy()
+    for name in axes:
+        spans[f"left_{name}"] = points[f"x_{name}"]
+        spans[f"right_{name}"] = points[f"x_{name}"].shift(-1).fillna(axes[name].end)
+    return _merged_phases(spans, axes)
+
+
+def _merged_phases(spans: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
+    runs = spans.groupby((spans["phase"] != spans["phase"].shift()).cumsum())
+    merged = pd.DataFrame({"label": runs["phase"].first().map(lambda phase: f"phase {str(phase)[:16]}")})
+    for name in axes:
+        merged[f"left_{name}"] = runs[f"left_{name}"].first()
+        merged[f"right_{name}"] = runs[f"right_{name}"].last()
+    first = next(iter(axes), None)
+    return merged.assign(
+        left=merged[f"left_{first}"] if first else 0.0, right=merged[f"right_{first}"] if first else 0.0
+    )
+
+
+def _best_point(points: pd.DataFrame) -> ColumnDataSource | None:
+    if not points["val_top1"].notna().any():
+        return None
+    best = points.loc[[points["val_top1"].idxmax()]]
+    places = best[[column for column in best if str(column).startswith("x_")]]
+    return source_of(places.assign(x=best["x_epoch"], y=best["val_top1"]))
+
+
+def _thinned(points: pd.DataFrame) -> pd.DataFrame:
+    chosen = np.unique(np.linspace(0, len(points) - 1, min(len(points), MOST_POINTS)).astype(int))
+    return points.iloc[chosen]
+
+
+def _in_words(panel: Panel, points: pd.DataFrame) -> str:
+    """What a chart shows, for those who cannot see it."""
+    parts = []
+    for series in panel.series:
+        known = points[series.column].dropna()
+        if len(known):
+            parts.append(f"{series.label} from {plain(float(known.iloc[0]))} to {plain(float(known.iloc[-1]))}")
+    return f"Chart of {panel.title} over {len(points)} points: {', '.join(parts)}. All values are in the table."
+
+
+def _controls(axes: dict[str, Any]) -> str:
+    """The choice of the x axis and the zoom, as ordinary form elements."""
+    names = {"epoch": "epoch", "step": "step", "time": "time"}
+    choices = "".join(
+        f'<label><input type="radio" name="axis" value="{name}"{" checked" if index == 0 else ""}>{names[name]}</label>'
+        for index, name in enumerate(axes)
+    )
+    moves = (("closer", "+"), ("wider", "−"), ("earlier", "‹"), ("later", "›"), ("reset", "Reset"))  # noqa: RUF001
+    labels = {"closer": "Zoom in", "wider": "Zoom out", "earlier": "Move earlier", "later": "Move later"}
+    buttons = "".join(
+        f'<button type="button" data-move="{move}" aria-label="{labels.get(move, "Show everything")}">{sign}</button>'
+        for move, sign in moves
+    )
+    return (
+        f'<div class="controls"><fieldset><legend>Horizontal axis</legend>{choices}</fieldset>'
+        f'<div class="buttons" role="group" aria-label="Zoom all charts">{buttons}</div>'
+        f'<span class="small quiet">Drag across a chart to zoom, double-click to see everything.</span></div>'
+    )

@@ -1,0 +1,317 @@
+"""The page of one run: what it reached, how it got there, what it cost, and how to repeat it."""
+
+import json
+import shlex
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from runner.curves import curve_section, health_section, timeline_section
+from runner.page import NOTHING, Column, amount, duration, number, page, plain, size, table, text, write_page
+from runner.records import LAYERS, Run, read_run
+
+MOST_TABLE_ROWS = 500
+MOST_CONFIG_KEYS = 2_000
+STATES = {"done": "✓", "running": "…", "preempted": "‖", "failed": "✕", "diverged": "✕"}
+
+METRIC_COLUMNS = (
+    Column("epoch", "epoch"),
+    Column("step", "step"),
+    Column("phase", "phase", numeric=False),
+    Column("lr", "learning rate"),
+    Column("batch_size", "batch size"),
+    Column("input_size", "input size (px)"),
+    Column("train_loss", "train loss"),
+    Column("train_top1", "train top-1 (%)"),
+    Column("val_loss", "val loss"),
+    Column("val_top1", "val top-1 (%)"),
+    Column("val_top5", "val top-5 (%)"),
+    Column("seconds", "time (s)"),
+    Column("images_per_s", "images/s"),
+)
+LAYER_COLUMNS = (
+    Column("layer", "layer", numeric=False),
+    Column("kind", "kind", numeric=False),
+    Column("becomes", "becomes", numeric=False),
+    Column("weight_bits", "weight bits"),
+    Column("act_bits", "activation bits"),
+    Column("grad_bits", "gradient bits"),
+    Column("parameters", "parameters"),
+    Column("macs", "MACs"),
+    Column("why", "why", numeric=False, wide=True),
+)
+
+
+def write_dashboard(folder: Path, defaults: dict[str, object] | None = None) -> Path:
+    """Write `dashboard.html` into a run folder and return its path; a broken folder gets a page that says so.
+
+    `defaults` are the values of all keys without any choice of the user's; without them a `defaults.json` of
+    the folder is taken. Raises StorageError where the page cannot be written.
+    """
+    run = read_run(folder)
+    curves, figures = curve_section(run)
+    health = health_section(run, figures)
+    body = "\n".join(
+        [
+            _header(run),
+            "<main>",
+            _problems(run),
+            _headlines(run),
+            curves,
+            _metrics_table(run),
+            health,
+            _layers(run),
+            _settings(run, defaults if defaults is not None else _saved_defaults(run.folder)),
+            "</main>",
+            f"<footer>{text(run.folder.name)}. Drawn from the CSV files beside this page.</footer>",
+        ]
+    )
+    return write_page(run.folder / "dashboard.html", page(run.name, body, figures.embed()))
+
+
+def write_timeline(rows: list[dict[str, object]], path: Path, title: str) -> Path:
+    """Draw a regime before any training: what holds from each point (epoch, step) of the rows on."""
+    curves, figures = timeline_section(pd.DataFrame(rows))
+    body = f"<header><h1>{text(title)}</h1><p>The regime as it will run; nothing was trained.</p></header>"
+    columns = [Column(key, key.replace("_", " "), key not in ("phase", "optimizer")) for key in (rows or [{}])[0]]
+    numbers = table(columns, _thinned(rows), "The regime, point by point", tall=True) if rows else ""
+    return write_page(path, page(title, f"{body}<main>{curves}{numbers}</main>", figures.embed()))
+
+
+def _header(run: Run) -> str:
+    summary, status = run.summary, run.status
+    names = [_named(run, group) for group in ("model", "quant", "dataset")]
+    seed = summary.get("seed", run.config.get("seed"))
+    facts = [*filter(None, names), *([f"seed {seed}"] if seed is not None else [])]
+    state = run.state if run.state in STATES else "unknown"
+    mark = f'<span aria-hidden="true">{STATES.get(state, "?")}</span> '
+    reached = number(summary.get("epochs", status.get("epoch")))
+    planned = number(status.get("epochs"))
+    epochs = f"{plain(reached)} epochs" if state == "done" else f"epoch {plain(reached)} of {plain(planned)}"
+    when = f", {text(_moment(status['updated']))}" if "updated" in status else ""
+    return (
+        f"<header><h1>{text(run.name)}</h1><p>{text(' · '.join(map(str, facts)))}</p>"
+        f'<p class="small"><span class="state state-{state}">{mark}{state}</span>'
+        f'<span class="quiet">{", " + text(epochs) if reached is not None else ""}{when}</span></p></header>'
+    )
+
+
+def _moment(value: object) -> str:
+    """A time stamp to the minute, or whatever stands in its place.
+
+    >>> _moment("2026-11-20T17:03:12+00:00"), _moment("noon")
+    ('2026-11-20 17:03 UTC', 'noon')
+    """
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        return str(value)
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
+
+
+def _named(run: Run, group: str) -> str:
+    value = run.summary.get(group) or run.config.get(group)
+    value = value.get("name", "") if isinstance(value, dict) else value
+    return str(value or "")
+
+
+def _problems(run: Run) -> str:
+    """What is wrong with the run or its folder; summary.json is not expected before the end."""
+    problems = [str(run.status["reason"])] if run.status.get("reason") else []
+    problems += [p for p in run.problems if run.state != "running" or p != "summary.json is missing"]
+    if not problems:
+        return ""
+    items = "".join(f"<li>{text(problem)}</li>" for problem in problems)
+    return f'<div class="notice" role="note"><strong>To know about this run</strong><ul>{items}</ul></div>'
+
+
+def _headlines(run: Run) -> str:
+    """The numbers one looks for first; before the end, those that the CSV files already tell."""
+    summary, metrics, timing = run.summary, run.metrics, run.timing
+    best = _first(summary.get("best_val_top1"), metrics["val_top1"].max())
+    last = _first(summary.get("final_val_top1"), _last(metrics["val_top1"]))
+    best_epoch = _first(summary.get("best_epoch"), _epoch_of_best(metrics))
+    seconds = _first(summary.get("train_seconds"), timing["seconds"].sum() if len(timing) else None)
+    speed = _first(summary.get("images_per_s"), timing["images_per_s"].median())
+    memory = _first(summary.get("peak_memory_bytes"), timing["peak_memory_bytes"].max())
+    saved = _first(summary.get("saved_bytes_per_sample"), timing["saved_bytes_per_sample"].max())
+    top5 = number(summary.get("test_top5"))
+    test_note = f"top-5 {top5:.2f} %, " if top5 is not None else ""
+    cards = [
+        ("Best validation accuracy", _percent(best), f"epoch {plain(best_epoch)}; last {_joined(_percent(last))}"),
+        ("Test accuracy", _percent(number(summary.get("test_top1"))), f"{test_note}{_checkpoint(summary)}"),
+        ("Training time", duration(seconds), f"{_joined(duration(_per_epoch(run, seconds)))} an epoch"),
+        ("Speed", amount(speed, "images/s"), "while training"),
+        ("Peak memory", size(memory), "most in use at once"),
+        ("Saved for backward", size(saved), "per sample"),
+        _packed(summary),
+        _macs(summary),
+    ]
+    items = "".join(_card(*card) for card in cards)
+    return f'<h2 hidden>In short</h2><dl class="headlines">{items}</dl>'
+
+
+def _card(label: str, figure: tuple[str, str], note: str) -> str:
+    value, unit = figure
+    known = value != NOTHING
+    units = f' <span class="unit">{text(unit)}</span>' if unit else ""
+    return (
+        f'<div><dt>{text(label)}</dt><dd class="figure">{text(value)}{units}</dd>'
+        f'<dd class="note">{text(note if known else "not measured yet")}</dd></div>'
+    )
+
+
+def _packed(summary: dict[str, object]) -> tuple[str, tuple[str, str], str]:
+    packed, unpacked = number(summary.get("packed_bytes")), number(summary.get("float_bytes"))
+    parameters = amount(summary.get("parameters"))
+    note = f"{_joined(parameters)} parameters" if parameters[0] != NOTHING else "on disk"
+    if packed and unpacked:
+        note = f"{unpacked / packed:.3g} times smaller than {_joined(size(unpacked))} in float; {note}"
+    return "Packed size", size(packed), note
+
+
+def _macs(summary: dict[str, object]) -> tuple[str, tuple[str, str], str]:
+    macs = summary.get("macs")
+    kinds = {str(kind): number(count) for kind, count in macs.items()} if isinstance(macs, dict) else {}
+    known = {kind: count for kind, count in kinds.items() if count}
+    note = ", ".join(f"{_joined(amount(count))} {kind}" for kind, count in known.items())
+    return "MACs per image", amount(sum(known.values()) if known else None), note
+
+
+def _metrics_table(run: Run) -> str:
+    if not len(run.metrics):
+        return ""
+    timing = run.timing[["epoch", "seconds", "images_per_s"]].drop_duplicates("epoch", keep="last")
+    rows = _rows(run.metrics.merge(timing, on="epoch", how="left"))
+    caption = "Every epoch" if len(rows) <= MOST_TABLE_ROWS else f"{MOST_TABLE_ROWS} of {len(rows)} epochs"
+    numbers = table(METRIC_COLUMNS, _thinned(rows), f"{caption}, as in metrics.csv and timing.csv", tall=True)
+    return f"<details><summary>The same numbers as a table</summary>{numbers}</details>"
+
+
+def _layers(run: Run) -> str:
+    if not len(run.layers):
+        return ""
+    known = [column for column in LAYER_COLUMNS if column.key in LAYERS]
+    caption = f"{len(run.layers)} layers; 32 bits means float; a click on a heading sorts"
+    layers = table(known, _rows(run.layers), caption, sortable=True, tall=True)
+    return f"<h2>Layers</h2>{layers}"
+
+
+def _settings(run: Run, defaults: dict[str, object] | None) -> str:
+    environment = run.summary.get("environment")
+    facts = flatten(environment if isinstance(environment, dict) else {})
+    facts |= {key: run.summary[key] for key in ("config_hash",) if key in run.summary}
+    facts |= {key: run.status[key] for key in ("host", "pid") if key in run.status}
+    pairs = (Column("key", "key", numeric=False), Column("value", "value", numeric=False, wide=True))
+    rows: list[dict[str, object]] = [{"key": key, "value": _shown(value)} for key, value in facts.items()]
+    surroundings = table(pairs, rows, "What the numbers were measured on") if rows else "<p>Not recorded.</p>"
+    return (
+        f'{_command(run)}<div class="columns"><section><h2>Config</h2>{_config(run, defaults)}</section>'
+        f"<section><h2>Environment</h2>{surroundings}</section></div>"
+    )
+
+
+def _command(run: Run) -> str:
+    command = run.summary.get("command", run.status.get("command"))
+    if not command:
+        return ""
+    line = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
+    return (
+        f'<h2>Repeat this run</h2><div class="command"><pre id="command"><code>{text(line)}</code></pre>'
+        f'<button type="button" data-copy="command">Copy</button></div>'
+    )
+
+
+def _config(run: Run, defaults: dict[str, object] | None) -> str:
+    config = flatten(run.config)
+    columns = (
+        Column("key", "key", numeric=False),
+        Column("value", "value", numeric=False),
+        Column("default", "default", numeric=False),
+    )
+    rows: list[dict[str, object]] = [{"key": key, "value": _shown(value)} for key, value in config.items()]
+    everything = table(columns[:2], rows, f"All {len(rows)} keys, as in config.yaml", tall=True)
+    if defaults is None:
+        return everything if rows else "<p>Not recorded.</p>"
+    usual = flatten(defaults)
+    changed: list[dict[str, object]] = [
+        {"key": key, "value": _shown(value), "default": _shown(usual[key]) if key in usual else NOTHING}
+        for key, value in config.items()
+        if key not in usual or usual[key] != value
+    ]
+    differences = table(columns, changed, f"{len(changed)} of {len(rows)} keys differ from the defaults")
+    return f"{differences}<details><summary>All keys</summary>{everything}</details>"
+
+
+def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """A nested mapping as dotted keys, at most a page full of them.
+
+    >>> flatten({"regime": {"phases": [{"epoch": 0, "lr": 0.1}]}, "seed": 1})
+    {'regime.phases.0.epoch': 0, 'regime.phases.0.lr': 0.1, 'seed': 1}
+    """
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if len(flat) >= MOST_CONFIG_KEYS:
+            break
+        if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, dict) and value:
+            flat |= flatten({str(name): item for name, item in value.items()}, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _saved_defaults(folder: Path) -> dict[str, object] | None:
+    try:
+        found = json.loads((folder / "defaults.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _shown(value: object) -> str:
+    """A config value as it stands in YAML."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, object]]:
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _thinned(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_TABLE_ROWS)).astype(int))
+    return [rows[index] for index in chosen]
+
+
+def _first(*values: object) -> float | None:
+    return next((found for found in map(number, values) if found is not None), None)
+
+
+def _last(column: "pd.Series[float]") -> float | None:
+    known = column.dropna()
+    return float(known.iloc[-1]) if len(known) else None
+
+
+def _epoch_of_best(metrics: pd.DataFrame) -> float | None:
+    known = metrics.dropna(subset=["val_top1"]).sort_values("val_top1", ascending=False, kind="stable")
+    return float(known["epoch"].iloc[0]) if len(known) else None
+
+
+def _per_epoch(run: Run, seconds: float | None) -> float | None:
+    epochs = number(run.summary.get("epochs")) or len(run.timing)
+    return seconds / epochs if seconds is not None and epochs else None
+
+
+def _checkpoint(summary: dict[str, object]) -> str:
+    return f"{summary.get('test_checkpoint', 'last')} checkpoint"
+
+
+def _percent(value: float | None) -> tuple[str, str]:
+    return (NOTHING, "") if value is None else (f"{value:.2f}", "%")
+
+
+def _joined(figure: tuple[str, str]) -> str:
+    return " ".join(filter(None, figure))

@@ -1,0 +1,175 @@
+"""The life of one run: refuse or take up, show what was rewritten, train, test, and leave a folder that explains itself."""
+
+import copy
+import csv
+import io
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+
+from quant.saved import saved_bytes_per_sample
+from runner.config import config_hash, flat
+from runner.cost import Cost, cost_of
+from runner.environment import environment, peak_memory_bytes, pick_device, prepare
+from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, RunnerError, StorageError
+from runner.files import write_atomic, write_json
+from runner.folder import LAYERS, RunFolder, run_path, status_of
+from runner.log import cell
+from runner.run import Run
+from runner.schema import RunConfig
+from runner.screen import Screen
+from runner.signals import StopRequest
+from runner.train import evaluate, fit
+from runner.weights import save_weights
+
+MEASURED_ON = 8  # images of the batch on which the bytes saved for backward are measured
+
+
+def train(config: RunConfig) -> Path:
+    """Do a run that is not done yet, and say where it lies. Raises RunnerError; status.json then says the same."""
+    path, screen = run_path(config), Screen(config.trainer.progress)
+    if status_of(path).get("state") == "done":
+        screen.say(f"this run is done already: {path}")
+        return _point_to(path, screen)
+    stop = StopRequest()
+    folder = RunFolder(path)
+    try:
+        folder.status("running", epochs=config.total_epochs)
+        device = _device(config)
+        prepare(config.seed, config.trainer.threads, device)
+        write_atomic(path / "config.yaml", _yaml(config), durable=False)
+        run = Run(config, folder, screen, stop, device)
+        _preflight(run)
+        run.begin()
+        folder.status("running", steps_total=run.total_steps, epoch=run.progress.epoch, step=run.progress.step)
+        fit(run)
+        _conclude(run)
+        folder.status("done", int(Exit.DONE))
+    except BaseException as error:
+        _note_failure(folder, error)
+        raise
+    finally:
+        folder.close()
+    return _point_to(path, screen)
+
+
+def _device(config: RunConfig) -> torch.device:
+    try:
+        return pick_device(config.trainer.device)
+    except ValueError as error:
+        raise ConfigError([Fault("trainer.device", str(error))]) from error
+
+
+def _yaml(config: RunConfig) -> bytes:
+    return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True).encode()
+
+
+def _note_failure(folder: RunFolder, error: BaseException) -> None:
+    """Say in status.json why the run ended, where the disk still takes it."""
+    states = {Preempted: "preempted", Diverged: "diverged"}
+    state = next((name for kind, name in states.items() if isinstance(error, kind)), "failed")
+    code = error.code if isinstance(error, RunnerError) else Exit.INTERNAL
+    try:
+        folder.status(state, int(code), str(error) or type(error).__name__)
+    except StorageError:
+        return
+
+
+def _preflight(run: Run) -> None:
+    """Before step 0: what became of every layer and why, on screen and in layers.csv; what the network costs."""
+    images = run.first_images()[:MEASURED_ON]
+    labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
+    cost = cost_of(run.model, images[:1])
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        run.saved_bytes_per_sample = saved_bytes_per_sample(copy.deepcopy(run.model).train(), images, labels)
+    rows = [asdict(row) | {"macs": cost.layer_macs.get(row.layer, 0)} for row in run.rows]
+    _write_layers(run.folder.path / "layers.csv", rows)
+    shown = ["layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "parameters", "macs", "why"]
+    config = run.config
+    title = (
+        f"{config.model.name} · {config.quant.name} · {config.dataset.name} · seed {config.seed} → {run.folder.path}"
+    )
+    run.screen.table(title, shown, [[row[key] for key in shown] for row in rows])
+    run.screen.say(_cost_line(cost, run))
+    for remark in run.remarks:
+        run.screen.say(remark)
+    run.cost = cost
+
+
+def _write_layers(path: Path, rows: list[dict[str, Any]]) -> None:
+    lines = [",".join(LAYERS), *(",".join(cell(row[key]) for key in LAYERS) for row in rows)]
+    write_atomic(path, ("\n".join(lines) + "\n").encode(), durable=False)
+
+
+def _cost_line(cost: Cost, run: Run) -> str:
+    macs = ", ".join(f"{count / 1e6:,.2f} M {kind}" for kind, count in cost.macs.items() if count)
+    return (
+        f"per image: {macs} multiply-accumulates (computed); {run.saved_bytes_per_sample or 0:,} bytes "
+        f"saved for backward (measured). "
+        f"model: {cost.float_bytes:,} bytes as float32, {cost.packed_bytes:,} packed (computed)"
+    )
+
+
+def _conclude(run: Run) -> None:
+    """Test the chosen weights once, write the summary, the weights for sharing and the dashboard."""
+    if run.config.trainer.select == "val" and run.best:
+        run.evaluated.load_state_dict(run.best)
+    test = evaluate(run.evaluated, run.data.test, run.sizes(run.config.total_epochs - 1))
+    save_weights(run.folder.path / "weights.safetensors", run.evaluated.state_dict(), flat(run.config))
+    summary = _summary(run) | {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
+    write_json(run.folder.path / "summary.json", summary, durable=True)
+    chosen = "best validation" if run.config.trainer.select == "val" else "last"
+    run.screen.say(
+        f"test top1 {test.top1:.2f} % (weights of the {chosen} epoch; validation best {run.progress.best_top1:.2f} %)"
+    )
+    if run.config.trainer.dashboard != "none":
+        from runner.dashboard import write_dashboard
+
+        write_dashboard(run.folder.path)
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    config, p, cost = run.config, run.progress, run.cost
+    last, timing = _rows(run.folder.path / "metrics.csv")[-1], _rows(run.folder.path / "timing.csv")
+    return {
+        "name": config.name or run.folder.path.name,
+        "run": run.folder.path.name,
+        "model": config.model.name,
+        "quant": config.quant.name,
+        "dataset": config.dataset.name,
+        "seed": config.seed,
+        "epochs": p.epoch,
+        "steps": p.step,
+        "best_val_top1": p.best_top1,
+        "best_epoch": p.best_epoch,
+        "final_val_top1": float(last["val_top1"]),
+        "final_train_loss": float(last["train_loss"]),
+        "test_checkpoint": "best" if config.trainer.select == "val" else "last",
+        "parameters": sum(q.numel() for q in run.model.parameters()),
+        "train_seconds": round(sum(float(row["seconds"]) for row in timing), 3),
+        "images_per_s": median(float(row["images_per_s"]) for row in timing),
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "saved_bytes_per_sample": run.saved_bytes_per_sample,
+        "float_bytes": cost.float_bytes,
+        "packed_bytes": cost.packed_bytes,
+        "macs": cost.macs,
+        "config_hash": config_hash(config),
+        "command": ["python", "-m", "runner", *sys.argv[1:]],
+        "environment": environment(run.device),
+    }
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+def _point_to(path: Path, screen: Screen) -> Path:
+    """The last line: where the dashboard lies."""
+    page = (path / "dashboard.html").resolve()
+    screen.say(f"dashboard: {page}" if page.is_file() else f"run folder: {path.resolve()}")
+    return path

@@ -1,0 +1,126 @@
+"use strict";
+// Brings a page to life: draws its Bokeh figures in the colours of page.css and answers its controls.
+// Nothing here builds HTML from strings, and no value of a run is ever evaluated.
+(() => {
+  const page = JSON.parse(document.getElementById("figures").textContent);
+  const figures = Bokeh.require("document/index").Document.from_json(page.document);
+  const models = (type) => [...figures.all_models].filter((model) => model.type === type);
+  const all = (selector) => [...document.querySelectorAll(selector)];
+
+  // Bokeh draws on a canvas, so the colours of the style sheet have to be copied into its models.
+  function paint() {
+    const css = getComputedStyle(document.documentElement);
+    const colour = (name) => css.getPropertyValue(`--${name}`).trim();
+    for (const axis of [...models("LinearAxis"), ...models("LogAxis"), ...models("CategoricalAxis")]) {
+      axis.setv({axis_label_text_color: colour("quiet"), major_label_text_color: colour("quiet"),
+        axis_line_color: colour("rule"), major_tick_line_color: colour("rule")});
+    }
+    for (const grid of models("Grid")) grid.grid_line_color = colour("grid");
+    for (const bar of models("ColorBar")) bar.major_label_text_color = colour("quiet");
+    for (const span of models("Span")) span.line_color = colour("rule");
+    for (const renderer of models("GlyphRenderer")) {
+      const [role] = renderer.tags;
+      for (const glyph of role ? [renderer.glyph, renderer.muted_glyph] : []) {
+        for (const part of ["line_color", "fill_color", "text_color"]) {
+          if (glyph && part in glyph.properties) glyph[part] = {value: colour(role)};
+        }
+      }
+    }
+  }
+
+  // The columns x, left and right hold the position on the chosen axis; x_step, left_step ... all positions.
+  function chooseAxis(name) {
+    const {label, end} = page.axes[name];
+    for (const source of models("ColumnDataSource")) {
+      const chosen = {};
+      for (const column of ["x", "left", "right"]) {
+        if (`${column}_${name}` in source.data) chosen[column] = source.data[`${column}_${name}`];
+      }
+      source.data = {...source.data, ...chosen};
+    }
+    for (const axis of models("LinearAxis")) if (axis.name === "x") axis.axis_label = label;
+    for (const ticker of models("BasicTicker")) {
+      if (ticker.name === "x") ticker.min_interval = name === "time" ? 0 : 1;
+    }
+    show(...end);
+    Object.assign(page, {start: end[0], end: end[1]});
+  }
+
+  function show(start, end) {
+    for (const range of models("Range1d")) if (range.name === "x") range.setv({start, end});
+  }
+
+  const moves = {
+    closer: (start, width) => [start + width / 4, start + width * 3 / 4],
+    wider: (start, width) => [start - width / 2, start + width * 3 / 2],
+    earlier: (start, width) => [start - width / 4, start + width * 3 / 4],
+    later: (start, width) => [start + width / 4, start + width * 5 / 4],
+    reset: () => [page.start, page.end],
+  };
+
+  function move(kind) {
+    const range = models("Range1d").find((candidate) => candidate.name === "x");
+    const [start, end] = moves[kind](range.start, range.end - range.start);
+    show(Math.max(start, page.start), Math.min(end, page.end));
+  }
+
+  function mute(button) {
+    const muted = button.getAttribute("aria-pressed") === "true";
+    button.setAttribute("aria-pressed", String(!muted));
+    for (const renderer of models("GlyphRenderer")) {
+      if (renderer.tags[1] === button.dataset.series) renderer.muted = muted;
+    }
+  }
+
+  function sort(button) {
+    const header = button.closest("th");
+    const table = header.closest("table");
+    const upwards = header.getAttribute("aria-sort") !== "ascending";
+    for (const other of header.parentNode.children) other.removeAttribute("aria-sort");
+    header.setAttribute("aria-sort", upwards ? "ascending" : "descending");
+    const key = (row) => row.cells[header.cellIndex].dataset.sort ?? row.cells[header.cellIndex].textContent;
+    const compare = (a, b) => header.classList.contains("number")
+      ? (a === "" ? -Infinity : Number(a)) - (b === "" ? -Infinity : Number(b))
+      : a.localeCompare(b, undefined, {numeric: true});
+    const rows = [...table.tBodies[0].rows];
+    rows.sort((a, b) => (upwards ? 1 : -1) * compare(key(a), key(b)));
+    table.tBodies[0].append(...rows);
+  }
+
+  async function copy(button) {
+    const source = document.getElementById(button.dataset.copy);
+    getSelection().selectAllChildren(source);
+    await navigator.clipboard?.writeText(source.textContent).then(() => { button.textContent = "Copied"; }, () => {});
+  }
+
+  function chooseFigure(select) {
+    for (const option of select.options) {
+      document.getElementById(option.value).closest("figure").hidden = !option.selected;
+    }
+  }
+
+  function listen() {
+    for (const input of all("input[name=axis]")) input.addEventListener("change", () => chooseAxis(input.value));
+    for (const button of all("[data-move]")) button.addEventListener("click", () => move(button.dataset.move));
+    for (const button of all("[data-series]")) button.addEventListener("click", () => mute(button));
+    for (const button of all("th button")) button.addEventListener("click", () => sort(button));
+    for (const button of all("[data-copy]")) button.addEventListener("click", () => copy(button));
+    for (const select of all("select[data-figures]")) select.addEventListener("change", () => chooseFigure(select));
+    for (const plot of all(".plot")) plot.addEventListener("dblclick", () => move("reset"));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+    addEventListener("beforeprint", () => { document.documentElement.dataset.printing = ""; paint(); });
+    addEventListener("afterprint", () => { delete document.documentElement.dataset.printing; paint(); });
+  }
+
+  async function start() {
+    // A finger that drags over a chart wants to scroll the page; the buttons zoom.
+    if (matchMedia("(pointer: coarse)").matches) for (const bar of models("Toolbar")) bar.active_drag = null;
+    const chosen = document.querySelector("input[name=axis]:checked");
+    if (chosen) chooseAxis(chosen.value);
+    paint();
+    listen();
+    await Bokeh.embed.add_document_standalone(figures, document.body, page.hosts.map((id) => document.getElementById(id)));
+    document.documentElement.dataset.ready = String(Math.round(performance.now()));
+  }
+  start();
+})();

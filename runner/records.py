@@ -1,0 +1,203 @@
+"""Reading run folders: whatever state a crash left them in, never an exception and never a wrong number.
+
+A run is a folder of small files (config.yaml, metrics.csv, ..., summary.json). A reader may come while a row
+is being written, or after a power cut that left half a row or a tail of NUL bytes. What cannot be read is
+left out and named in `Run.problems`.
+"""
+
+import csv
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from runner.files import NO_FOLLOW
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUN_FILES = frozenset({"metrics.csv", "timing.csv", "layers.csv", "quant.csv", "summary.json", "status.json"})
+TEXT_COLUMNS = frozenset({"phase", "layer", "kind", "becomes", "why"})
+METRICS = (
+    "epoch", "step", "phase", "lr", "batch_size", "input_size",
+    "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "best_val_top1",
+)  # fmt: skip
+TIMING = (
+    "epoch", "step", "seconds", "images_per_s", "eval_seconds", "peak_memory_bytes", "saved_bytes_per_sample",
+)  # fmt: skip
+LAYERS = ("layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "parameters", "macs", "why")
+QUANT = ("epoch", "layer", "clip_ratio", "step_size", "flip_rate", "code_entropy", "grad_norm")
+LARGEST_FILE = 256 * 2**20
+DEEPEST_FOLDER = 8
+
+
+@dataclass
+class Run:
+    """Everything a run folder says, with empty tables and mappings where it says nothing."""
+
+    folder: Path
+    config: dict[str, object]
+    metrics: "pd.DataFrame"
+    timing: "pd.DataFrame"
+    layers: "pd.DataFrame"
+    quant: "pd.DataFrame"
+    summary: dict[str, object]
+    status: dict[str, object]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The name somebody gave the run, else that of its folder."""
+        return str(self.summary.get("name") or self.config.get("name") or self.folder.name)
+
+    @property
+    def state(self) -> str:
+        """running, done, preempted, failed, diverged; 'unknown' where the folder does not say."""
+        return str(self.status.get("state") or ("done" if self.summary else "unknown"))
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder; files that are missing or broken are named in `problems`."""
+    problems: list[str] = []
+    folder = Path(folder)
+    return Run(
+        folder=folder,
+        config=_mapping(folder / "config.yaml", _load_yaml, problems),
+        metrics=_table(folder / "metrics.csv", METRICS, problems),
+        timing=_table(folder / "timing.csv", TIMING, problems),
+        layers=_table(folder / "layers.csv", LAYERS, problems),
+        quant=_table(folder / "quant.csv", QUANT, problems, optional=True),
+        summary=_mapping(folder / "summary.json", json.loads, problems),
+        status=_mapping(folder / "status.json", json.loads, problems),
+        problems=problems,
+    )
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Every run folder at or below `root`, sorted; links and hidden folders are not followed."""
+    found: list[Path] = []
+    pending = [(Path(root), 0)]
+    while pending:
+        folder, depth = pending.pop()
+        subfolders, is_run = _look_into(folder)
+        if is_run:
+            found.append(folder)
+        elif depth < DEEPEST_FOLDER:
+            pending.extend((subfolder, depth + 1) for subfolder in subfolders)
+    return sorted(found)
+
+
+def _look_into(folder: Path) -> tuple[list[Path], bool]:
+    subfolders: list[Path] = []
+    is_run = False
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_run = is_run or entry.name in RUN_FILES
+                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                    subfolders.append(Path(entry.path))
+    except OSError:  # vanished or unreadable: nothing to list there
+        return [], False
+    return subfolders, is_run
+
+
+def complete_lines(content: bytes) -> list[str]:
+    """The lines a writer has finished.
+
+    Bytes after the last newline may be half a number ('0.4' of '0.4375'), so they do not count; nor does a
+    line with a NUL in it, which is what a file system leaves of a write that a crash cut off.
+
+    >>> complete_lines(b"epoch,loss\\n0,0.4375\\n1,0.4")
+    ['epoch,loss', '0,0.4375']
+    """
+    finished = content[: content.rfind(b"\n") + 1].decode("utf-8", errors="replace")
+    return [line for line in finished.split("\n") if line.strip("\r") and "\0" not in line]
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a regular file; a planted link, pipe or device raises OSError instead of being opened blindly."""
+    descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        information = os.fstat(descriptor)
+        if not stat.S_ISREG(information.st_mode):
+            raise OSError("not a regular file")
+        if information.st_size > LARGEST_FILE:
+            raise OSError(f"larger than {LARGEST_FILE >> 20} MiB")
+        return file.read()
+
+
+def _mapping(path: Path, parse: Callable[[str], object], problems: list[str]) -> dict[str, object]:
+    try:
+        value = parse(_read_bytes(path).decode("utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+        return {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read: {_first_line(error)}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} holds no mapping")
+        return {}
+    return {str(key): item for key, item in value.items()}
+
+
+def _load_yaml(text: str) -> object:
+    """YAML without aliases: a few lines of them can expand to more than the memory holds."""
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("aliases are not accepted")
+    return yaml.safe_load(text)
+
+
+def _first_line(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+def _table(path: Path, columns: tuple[str, ...], problems: list[str], *, optional: bool = False) -> "pd.DataFrame":
+    """The finished rows of a CSV file as a table that has at least `columns`."""
+    try:
+        lines = complete_lines(_read_bytes(path))
+    except FileNotFoundError:
+        if not optional:
+            problems.append(f"{path.name} is missing")
+        return _typed([], list(columns))
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {_first_line(error)}")
+        return _typed([], list(columns))
+    if not lines:
+        problems.append(f"{path.name} has no header")
+        return _typed([], list(columns))
+    header, *rows = map(_fields, lines)
+    return _typed(_whole_rows(path.name, header, rows, problems), list(dict.fromkeys([*header, *columns])))
+
+
+def _fields(line: str) -> list[str]:
+    """The fields of one line; read alone, so that a stray quote cannot swallow the lines after it."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def _whole_rows(name: str, header: list[str], rows: list[list[str]], problems: list[str]) -> list[dict[str, str]]:
+    whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    if len(whole) < len(rows):
+        problems.append(f"{name}: {len(rows) - len(whole)} of {len(rows)} rows are broken and left out")
+    return whole
+
+
+def _typed(rows: list[dict[str, str]], columns: list[str]) -> "pd.DataFrame":
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
+    for column in columns:
+        if column in TEXT_COLUMNS:
+            table[column] = table[column].fillna("").astype(str)
+        else:
+            table[column] = pd.to_numeric(table[column], errors="coerce").astype("float64")
+    return table

@@ -1,0 +1,240 @@
+"""One training, whole: what it is made of, where it stands, and how that is saved and taken up again."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from quant.surgery import LayerRow, calibrate_
+from runner.accelerate import accelerate
+from runner.build import build, phases_of
+from runner.checkpoint import Checkpoints
+from runner.config import config_hash, flat
+from runner.cost import Cost
+from runner.data import Data, load
+from runner.environment import differences, environment
+from runner.faults import BadData
+from runner.folder import RunFolder
+from runner.health import codes_of
+from runner.optim import optimizer_for
+from runner.regime import Clock, Setting, data_setting_at, setting_at
+from runner.schema import RunConfig
+from runner.screen import Screen
+from runner.signals import StopRequest
+
+SHARE_OF_TIME = 0.02  # what saving may cost where no interval is given
+SHORTEST_PAUSE = 1.0  # seconds between two checkpoints, at least, where no interval is given
+
+
+@dataclass
+class Progress:
+    """Where a run stands, in plain numbers: `batch` batches of `epoch` are done, `step` optimizer steps in all."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    best_step: int = -1
+    grad_norms: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """A training with everything that belongs to it. `fit` in runner/train.py drives it."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, screen: Screen, stop: StopRequest, device: torch.device
+    ) -> None:
+        self.config, self.folder, self.screen, self.stop, self.device = config, folder, screen, stop, device
+        self.data: Data = load(config.dataset, device=device)
+        built = build(
+            config,
+            in_channels=self.data.in_channels,
+            num_classes=len(self.data.classes),
+            image_size=self.data.image_size,
+        )
+        self.model: nn.Module = built.model.to(device)
+        self.rows: list[LayerRow] = built.rows
+        self.remarks = built.remarks
+        self.transform: Callable[[Tensor], Tensor] | None = getattr(self.model, "input_transform", None)
+        self.phases, self.data_phases = phases_of(config, self.model)
+        self.forward = accelerate(self.model, config.trainer, device)
+        self.ema = _average(self.model, config.trainer.ema) if config.trainer.ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.progress = Progress()
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images of this epoch
+        self.codes = codes_of(self.model)
+        self.best: dict[str, Tensor] = {}
+        self.checkpoints = Checkpoints(folder.checkpoints)
+        self._steps_before = [0, *accumulate(self.batches_in(e) for e in range(config.total_epochs))]
+        self._saved_at, self._save_seconds, self._epoch_began = time.monotonic(), 0.0, time.monotonic()
+        self.saved_bytes_per_sample: int | None = None
+        self.cost: Cost | None = None
+
+    # Where the run stands ------------------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        every = self._steps_before[-1]
+        return min(every, self.config.trainer.max_steps or every)
+
+    @property
+    def over(self) -> bool:
+        return self.progress.step >= self.total_steps and self.progress.batch == 0
+
+    def data_setting(self, epoch: int) -> Setting:
+        """Batch and input size of an epoch."""
+        setting = data_setting_at(self.data_phases, epoch)
+        if self.config.batch_size:
+            setting["batch_size"] = self.config.batch_size
+        return setting | {"input_size": setting["input_size"] or self.data.image_size}
+
+    def sizes(self, epoch: int | None = None) -> dict[str, int]:
+        """Batch and input size of an epoch (the current one), as a source takes them."""
+        data = self.data_setting(self.progress.epoch if epoch is None else epoch)
+        return {"batch_size": data["batch_size"], "input_size": data["input_size"]}
+
+    def batches_in(self, epoch: int) -> int:
+        return self.data.train.steps(self.data_setting(epoch)["batch_size"])
+
+    def setting(self, *, at_start_of_epoch: bool = False) -> Setting:
+        """Optimizer, learning rate and all else that holds at the next step, or held at the first one of this epoch."""
+        p = self.progress
+        batch, step = (0, self._steps_before[p.epoch]) if at_start_of_epoch else (p.batch, p.step)
+        clock = Clock(epoch=p.epoch, batch=batch, batches=self.batches_in(p.epoch), step=step)
+        setting = setting_at(self.phases, clock, epochs=self.config.total_epochs, steps=self._steps_before[-1])
+        return setting | ({"lr": self.config.lr} if self.config.lr is not None else {})
+
+    def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is left of the current epoch."""
+        p = self.progress
+        left = min(self.batches_in(p.epoch) - p.batch, self.total_steps - p.step)
+        batches = self.data.train.batches(seed=self.config.seed, epoch=p.epoch, start=p.batch, **self.sizes())
+        for _ in range(left):
+            images, labels = next(batches)
+            yield (self.transform(images) if self.transform else images), labels
+
+    def first_images(self) -> Tensor:
+        """The first training batch of the run, for what must be set or measured before step 0."""
+        images, _ = next(iter(self.data.train.batches(seed=self.config.seed, epoch=0, **self.sizes(epoch=0))))
+        return self.transform(images) if self.transform else images
+
+    def next_epoch(self) -> None:
+        """The epoch is over: the next one starts with nothing counted."""
+        p, now = self.progress, time.monotonic()
+        p.epoch, p.batch, p.seconds, p.grad_norms = p.epoch + 1, 0, 0.0, {}
+        self.sums.zero_()
+        self.codes, self._epoch_began = codes_of(self.model), now
+
+    def seconds_in_epoch(self) -> float:
+        """Wall-clock time of the current epoch so far, over all the processes that worked at it."""
+        return self.progress.seconds + time.monotonic() - self._epoch_began
+
+    def show(self) -> None:
+        """Move the bar on the terminal."""
+        p = self.progress
+        rate = self.sums[2].item() / max(self.seconds_in_epoch(), 1e-9) if self.screen.live else 0.0
+        self.screen.step(f"epoch {p.epoch + 1}/{self.config.total_epochs}", p.step, rate)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the average of the weights where one is kept."""
+        return self.ema.module if self.ema is not None else self.model
+
+    # Begin, save, take up again ------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Take up the newest checkpoint, or set steps and ranges for a run that starts."""
+        found = self.checkpoints.newest()
+        if found is not None:
+            self._refuse_foreign(found.manifest)
+            self._restore(found.state, found.manifest, found.best)
+        else:
+            for log in self.folder.logs.values():
+                log.clear()
+            calibrate_(self.model.train(), self.first_images())
+            self.optimizer = optimizer_for(self.model, self.setting(), None)
+            self.codes = codes_of(self.model)
+            if self.ema is not None:
+                self.ema.module.load_state_dict(self.model.state_dict())
+        self._epoch_began = time.monotonic()
+
+    def save(self) -> None:
+        """Commit a checkpoint of this point."""
+        began = time.monotonic()
+        self.progress.seconds += began - self._epoch_began
+        self._epoch_began = began
+        best = (self.progress.best_step, self.best) if self.best else None
+        facts = {
+            "config_hash": config_hash(self.config),
+            "config": flat(self.config),
+            "data": self.data.fingerprint,
+            "environment": environment(self.device),
+            "logs": {name: log.mark() for name, log in self.folder.logs.items()},
+        }
+        self.checkpoints.save(self.progress.step, self._state(), best, facts)
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - began
+
+    def save_if_due(self) -> None:
+        """Commit where `trainer.checkpoint_every` says so, or as often as costs almost nothing."""
+        every = self.config.trainer.checkpoint_every
+        pause = max(self._save_seconds / SHARE_OF_TIME, SHORTEST_PAUSE)
+        if (self.progress.step % every == 0) if every else (time.monotonic() - self._saved_at > pause):
+            self.save()
+
+    def _state(self) -> dict[str, Any]:
+        assert self.optimizer is not None
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "optimizer": {"name": type(self.optimizer).__name__, "state": self.optimizer.state_dict()},
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "sums": self.sums,
+            "codes": self.codes,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def _restore(self, state: dict[str, Any], manifest: dict[str, Any], best: dict[str, Any] | None) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.progress = Progress(**state["progress"])
+        setting = self.setting() | {"optimizer": state["optimizer"]["name"]}
+        self.optimizer = optimizer_for(self.model, setting, None)
+        self.optimizer.load_state_dict(state["optimizer"]["state"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.sums = state["sums"].to(self.device)
+        self.codes, self.best = state["codes"], best or {}
+        for name, log in self.folder.logs.items():
+            log.rewind(manifest["logs"][name])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        reasons = differences(manifest["environment"], environment(self.device))
+        verdict = f"no, because {'; '.join(reasons)}" if reasons else "yes"
+        self.screen.say(f"goes on after step {self.progress.step} of {self.total_steps}; exact resume: {verdict}")
+
+    def _refuse_foreign(self, manifest: dict[str, Any]) -> None:
+        if manifest["config_hash"] != config_hash(self.config):
+            raise BadData(
+                f"{self.folder.path}: its checkpoint was made with another config; use another name= or outputs="
+            )
+        if manifest["data"] != self.data.fingerprint:
+            raise BadData(
+                f"{self.folder.path}: the data set changed since the checkpoint; restore it or start a new run"
+            )
+
+
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,136 @@
+"""The training loop. `fit` reads as the story of a run; `train_epoch` is every step of it."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant.surgery import quantized_layers
+from runner.data import Source
+from runner.faults import Diverged, Preempted
+from runner.health import gradient_norms
+from runner.optim import optimizer_for
+from runner.regime import Setting
+from runner.rows import Result, write_epoch
+from runner.run import Run
+
+LOOK_EVERY = 20  # steps between two looks at the loss on a GPU, where looking costs a synchronisation
+
+
+def fit(run: Run) -> None:
+    """Train from where the run stands to its end."""
+    with run.screen.training(run.total_steps, run.progress.step):
+        while not run.over:
+            try:
+                train_epoch(run)
+                began = time.monotonic()
+                result = evaluate(run.evaluated, run.data.val, run.sizes(), run.stop.check)
+            except Preempted:
+                run.save()
+                raise
+            end_epoch(run, result, time.monotonic() - began)
+    run.save()
+
+
+def train_epoch(run: Run) -> None:
+    """What is left of one epoch: a step a batch, and what belongs to a step."""
+    run.model.train()
+    progress, batches = run.progress, run.batches_in(run.progress.epoch)
+    for images, labels in run.train_batches():
+        setting = run.setting()
+        run.optimizer = optimizer_for(run.model, setting, run.optimizer)
+        drive_(run.model, setting)
+        loss, right = train_step(run, run.optimizer, images, labels)
+        run.sums += torch.stack([loss * len(labels), right, torch.tensor(len(labels), device=run.device)])
+        progress.batch += 1
+        progress.step += 1
+        if run.device.type == "cpu" or progress.step % LOOK_EVERY == 0 or progress.batch == batches:
+            refuse_divergence(run, loss)
+        if progress.batch == batches or progress.step == run.total_steps:
+            progress.grad_norms = gradient_norms(run.model)
+        else:
+            run.save_if_due()
+        run.show()
+        run.stop.check()
+
+
+def train_step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One optimizer step on one batch: its mean loss, and how many answers were right (tensors on the device)."""
+    config, scaler = run.config.trainer, run.scaler
+    optimizer.zero_grad(set_to_none=True)
+    loss, right = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
+        logits = run.forward(x)
+        part = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) * (len(y) / len(labels))
+        scaler.scale(part).backward()
+        loss += part.detach()
+        right += (logits.detach().argmax(1) == y).sum()
+    if config.grad_clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    for layer in quantized_layers(run.model).values():
+        layer.project_()
+    if run.ema is not None:
+        run.ema.update_parameters(run.model)
+    return loss, right
+
+
+def drive_(model: nn.Module, setting: Setting) -> None:
+    """Hand the values that a phase schedules for the quantizer (`quant.sharpness`) to the buffers of that name."""
+    for key, value in setting.items():
+        if key.startswith("quant."):
+            for layer in quantized_layers(model).values():
+                buffer = getattr(layer, key.removeprefix("quant."), None)
+                if isinstance(buffer, Tensor):
+                    buffer.fill_(value)
+
+
+def refuse_divergence(run: Run, loss: Tensor) -> None:
+    """Raise Diverged, naming where it shows, as soon as the loss is no number."""
+    if bool(torch.isfinite(loss)):
+        return
+    bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    where = f"; gradients that are not finite: {', '.join(bad[:3])}" if bad else ""
+    raise Diverged(
+        f"the loss is {float(loss)} at step {run.progress.step} (epoch {run.progress.epoch}){where}. "
+        "The last good checkpoint is kept. Try a lower lr= or trainer.grad_clip=1"
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, source: Source, sizes: dict[str, int], check: Callable[[], None] = lambda: None
+) -> Result:
+    """Loss and accuracies of `model` over the whole of `source`; sums, not means of means. `check` may raise between batches."""
+    training, transform = model.training, getattr(model, "input_transform", None)
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for images, labels in source.batches(seed=0, epoch=0, **sizes):
+        check()
+        logits = model(transform(images) if transform else images).float()
+        sums = sums.to(logits.device) + batch_sums(logits, labels)
+    model.train(training)
+    loss, top1, top5, count = sums.tolist()
+    return Result(loss / count, 100 * top1 / count, 100 * top5 / count)
+
+
+def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss, right answers, right answers among the first five, and images of one batch."""
+    first = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, first[:, 0].sum(), first.sum(), torch.tensor(len(labels), device=logits.device)])
+
+
+def end_epoch(run: Run, result: Result, eval_seconds: float) -> None:
+    """Remember the best weights, write the rows of the epoch, and commit where it is due."""
+    progress = run.progress
+    if result.top1 > progress.best_top1:
+        progress.best_top1, progress.best_epoch, progress.best_step = result.top1, progress.epoch, progress.step
+        run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.evaluated.state_dict().items()}
+    write_epoch(run, result, eval_seconds)
+    run.next_epoch()
+    run.save_if_due()

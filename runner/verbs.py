@@ -1,0 +1,85 @@
+"""What each verb does with its words: compose, check, and only then load what it takes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner.compose import config_from, split_options
+from runner.dataset_files import train_samples
+from runner.faults import ConfigError, Exit, Fault
+from runner.regime import timeline
+from runner.schema import RunConfig
+from runner.screen import Screen
+
+COLUMNS = ["epoch", "step", "phase", "optimizer", "lr", "momentum", "weight_decay", "batch_size", "input_size"]
+
+
+def train(words: Sequence[str]) -> int:
+    """Train, or with mode=evaluate measure, one configuration."""
+    if any(word.replace(" ", "") == "mode=evaluate" for word in words):
+        return evaluate(words)
+    config = config_from(*split_options(words))
+    from runner.job import train as train_run
+
+    train_run(config)
+    return int(Exit.DONE)
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """Print and save the figures of a stored model; its config comes with it, what is said here changes it."""
+    from runner.evaluate import evaluate_stored
+
+    evaluate_stored(*split_options([*words, "mode=evaluate"]))
+    return int(Exit.DONE)
+
+
+def regime(words: Sequence[str]) -> int:
+    """Print the timeline of a config and draw it, before any training."""
+    config = config_from(*split_options(words))
+    rows = [{key: row.get(key, "") for key in COLUMNS} for row in timeline(config, _samples(config))]
+    screen, changes = Screen("plain"), _changes(rows)
+    screen.table(
+        f"{config.regime.epochs} epochs as conf says, {len(rows)} here", COLUMNS, [list(r.values()) for r in changes]
+    )
+    from runner.dashboard import write_timeline
+
+    path = Path(config.outputs) / "regime.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_timeline(rows, path, f"{config.model.name} · {config.dataset.name}")
+    screen.say(f"timeline: {path.resolve()}")
+    return int(Exit.DONE)
+
+
+def _samples(config: RunConfig) -> int:
+    if config.regime.phases is None or config.data_regime.phases is None:
+        raise ConfigError(
+            [Fault("regime", "regime=model is known once the model is built; choose a regime to draw it")]
+        )
+    known = train_samples(config.dataset.name, config.dataset.model_dump() | config.dataset.arguments)
+    if known is None:
+        raise ConfigError(
+            [Fault("dataset", f"{config.dataset.name}: too many files to count quickly; its steps are not known yet")]
+        )
+    return known
+
+
+def _changes(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """At most some thirty rows: the first of every phase, and evenly spaced ones between them."""
+    every = max(1, len(rows) // 20)
+    firsts = {i for i in range(len(rows)) if i == 0 or rows[i]["phase"] != rows[i - 1]["phase"]}
+    shown = sorted(firsts | set(range(0, len(rows), every)) | {len(rows) - 1})
+    return [{k: round(v, 8) if isinstance(v, float) else v for k, v in rows[i].items()} for i in shown]
+
+
+def dashboard(words: Sequence[str]) -> int:
+    """Draw the pages of run folders again."""
+    from runner.dashboard import write_dashboard
+    from runner.records import find_runs
+
+    folders = [path for word in words or ["outputs"] for path in find_runs(Path(word))]
+    if not folders:
+        raise ConfigError(
+            [Fault("", f"no run folder in {', '.join(words) or 'outputs'}; a run folder holds a metrics.csv")]
+        )
+    for folder in folders:
+        print(write_dashboard(folder).resolve())
+    return int(Exit.DONE)

@@ -1,0 +1,140 @@
+"""Weights for sharing: safetensors with the config and a checksum in their header, and loading by name."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from runner.checkpoint import load, loads
+from runner.faults import BadData, MissingInput
+from runner.files import write_atomic
+
+FORMAT = "lowbit-runner weights 1"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, and the config of the run that made them (empty for a foreign file)."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    source: Path = Path()
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write a safetensors file that says what it is."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "config": json.dumps(config), "sha256": _digest(plain)}
+    write_atomic(path, save(plain, metadata=header))
+
+
+def read_weights(path: Path) -> Weights:
+    """The weights of a run folder (its best), of a checkpoint, of a safetensors file or of a foreign state dict.
+
+    Raises MissingInput where nothing is there, BadData for anything damaged, foreign or unsafe.
+    """
+    if path.is_dir():
+        return _from_folder(path)
+    if not path.is_file():
+        raise MissingInput(
+            f"{path}: no such file; give a run folder, a checkpoint (step-N.json or .pt) or a .safetensors file"
+        )
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    manifest = path.with_suffix(".json")
+    if re.fullmatch(r"step-\d+", path.stem) and manifest.is_file():
+        found = load(manifest)
+        return Weights(found.state["model"], found.manifest.get("config", {}), path)
+    return Weights(_foreign(loads(path), path), source=path)
+
+
+def _from_folder(folder: Path) -> Weights:
+    if (folder / "weights.safetensors").is_file():
+        return _from_safetensors(folder / "weights.safetensors")
+    manifests = sorted((folder / "checkpoints").glob("step-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+    if not manifests:
+        raise MissingInput(f"{folder}: holds neither weights.safetensors nor a checkpoint; is it a run folder?")
+    found = load(manifests[-1])
+    return Weights(found.best or found.state["model"], found.manifest.get("config", {}), manifests[-1])
+
+
+def _from_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadData(f"{path}: not a safetensors file that can be read ({error})") from error
+    if header.get("format") != FORMAT:
+        return Weights(tensors, source=path)
+    if header.get("sha256") != _digest(tensors):
+        raise BadData(f"{path}: damaged: its checksum is not the one that was saved")
+    return Weights(tensors, json.loads(header.get("config", "{}")), path)
+
+
+def _foreign(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of somebody else's checkpoint: a state dict, bare or under a usual key, without DataParallel's prefix."""
+    inner = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
+    tensors = {name.removeprefix("module."): value for name, value in inner.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise BadData(f"{path}: holds no tensors by name")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and raw bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Match:
+    """What became of the names of a file and of a model."""
+
+    loaded: set[str]
+    missing: list[str]
+    unused: list[str]
+
+    def lines(self) -> Iterable[str]:
+        """For people: nothing is left out silently."""
+        yield f"pretrained: {len(self.loaded)} tensors loaded by name"
+        if self.missing:
+            yield f"pretrained: not in the file, kept as initialised: {', '.join(self.missing)}"
+        if self.unused:
+            yield f"pretrained: in the file, not used: {', '.join(self.unused)}"
+
+
+def load_matching(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Copy every tensor whose name and shape the model has; the names that were."""
+    own = model.state_dict()
+    hits = {n: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}
+    bad = [name for name, tensor in hits.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if bad:
+        raise BadData(f"pretrained weights are not finite: {', '.join(bad[:5])}")
+    model.load_state_dict(hits, strict=False)
+    return set(hits)
+
+
+def load_exactly(model: nn.Module, weights: Weights) -> None:
+    """Load a whole state. Raises BadData with the first differences where the file belongs to another network."""
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    theirs = {name: tuple(t.shape) for name, t in weights.tensors.items()}
+    if own != theirs:
+        names = sorted(n for n in own.keys() | theirs.keys() if own.get(n) != theirs.get(n))
+        shown = [f"{n}: model {own.get(n, 'has none')}, file {theirs.get(n, 'has none')}" for n in names[:5]]
+        raise BadData(
+            f"{weights.source}: belongs to another network; {len(names)} differences, the first: {'; '.join(shown)}"
+        )
+    model.load_state_dict(weights.tensors)
