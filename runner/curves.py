@@ -40,14 +40,14 @@ PANELS = (
         "major",
         phase_names="below",
     ),
-    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), step="before"),
+    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), step="before", from_zero=True),
     Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), step="before", from_zero=True),
     Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), step="before", from_zero=True),
     Panel("speed", "Speed (images/s)", (Series("images_per_s", "images/s"),), from_zero=True),
 )
 TIMELINE_PANELS = (
-    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), "major", "after", phase_names="above"),
-    Panel("momentum", "Momentum", (Series("momentum", "momentum"),), "major", "after", phase_names="above"),
+    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), "major", "after", True, "above"),
+    Panel("momentum", "Momentum", (Series("momentum", "momentum"),), "major", "after", True, "above"),
     Panel("weight_decay", "Weight decay", (Series("weight_decay", "weight decay"),), "minor third", "after", True),
     Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), "minor third", "after", True),
     Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), "minor third", "after", True),
@@ -170,7 +170,7 @@ def _spans(points: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
 def _phases(points: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
     """One row a phase, in order, with its borders on every axis."""
     if points.empty:
-        return pd.DataFrame({"left": [], "right": [], "label": []})
+        return pd.DataFrame()
     spans = _spans(points, axes).assign(phase=points["phase"])
     return _merged_phases(spans, axes)
 
@@ -185,7 +185,7 @@ def _phases_from(points: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
 
 def _merged_phases(spans: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
     runs = spans.groupby((spans["phase"] != spans["phase"].shift()).cumsum())
-    merged = pd.DataFrame({"label": runs["phase"].first().map(lambda phase: f"phase {str(phase)[:16]}")})
+    merged = runs[["phase"]].first()
     for name in axes:
         merged[f"left_{name}"] = runs[f"left_{name}"].first()
         merged[f"right_{name}"] = runs[f"right_{name}"].last()
@@ -234,5 +234,5 @@ def _controls(axes: dict[str, Any]) -> str:
     return (
         f'<div class="controls"><fieldset><legend>Horizontal axis</legend>{choices}</fieldset>'
         f'<div class="buttons" role="group" aria-label="Zoom all charts">{buttons}</div>'
-        f'<span class="small quiet">Drag across a chart to zoom, double-click to see everything.</span></div>'
+        f'<span class="small quiet mouse">Drag across a chart to zoom, double-click to see everything.</span></div>'
     )

@@ -76,7 +76,9 @@ def write_timeline(rows: list[dict[str, object]], path: Path, title: str) -> Pat
     curves, figures = timeline_section(pd.DataFrame(rows))
     body = f"<header><h1>{text(title)}</h1><p>The regime as it will run; nothing was trained.</p></header>"
     columns = [Column(key, key.replace("_", " "), key not in ("phase", "optimizer")) for key in (rows or [{}])[0]]
-    numbers = table(columns, _thinned(rows), "The regime, point by point", tall=True) if rows else ""
+    numbers = (
+        f"<h2>Points</h2>{table(columns, _thinned(rows), 'The regime, point by point', tall=True)}" if rows else ""
+    )
     return write_page(path, page(title, f"{body}<main>{curves}{numbers}</main>", figures.embed()))
 
 
@@ -89,7 +91,11 @@ def _header(run: Run) -> str:
     mark = f'<span aria-hidden="true">{STATES.get(state, "?")}</span> '
     reached = number(summary.get("epochs", status.get("epoch")))
     planned = number(status.get("epochs"))
-    epochs = f"{plain(reached)} epochs" if state == "done" else f"epoch {plain(reached)} of {plain(planned)}"
+    epochs = (
+        f"{plain(reached)} epoch{'s' * (reached != 1)}"
+        if state == "done"
+        else f"epoch {plain(reached)} of {plain(planned)}"
+    )
     when = f", {text(_moment(status['updated']))}" if "updated" in status else ""
     return (
         f"<header><h1>{text(run.name)}</h1><p>{text(' · '.join(map(str, facts)))}</p>"
@@ -150,7 +156,7 @@ def _headlines(run: Run) -> str:
         _macs(summary),
     ]
     items = "".join(_card(*card) for card in cards)
-    return f'<h2 hidden>In short</h2><dl class="headlines">{items}</dl>'
+    return f'<dl class="headlines">{items}</dl>'
 
 
 def _card(label: str, figure: tuple[str, str], note: str) -> str:
@@ -274,7 +280,7 @@ def _saved_defaults(folder: Path) -> dict[str, object] | None:
 
 def _shown(value: object) -> str:
     """A config value as it stands in YAML."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, object]]:

@@ -42,7 +42,6 @@ from bokeh.plotting import figure
 from runner.page import embedded_json, text
 
 MARKERS_PER_CURVE = 12
-MOST_LABELLED_PHASES = 12
 MOST_CELLS = 20_000
 TOOLTIP = """
 .bk-Tooltip { --background-color: #1c222b; --color: #f2f4f7; --divider-color: #596371; --icon-color: #1c222b;
@@ -101,7 +100,7 @@ class Sheet:
     def curves(self, panel: Panel, source: ColumnDataSource, summary: str, best: ColumnDataSource | None = None) -> str:
         """Add one chart; returns its HTML. `best` holds the point to ring."""
         logarithmic = panel.key == "lr" and _spans_decades(source.data[panel.series[0].column])
-        plot = self._plot(DataRange1d(start=0) if panel.from_zero else DataRange1d(), logarithmic)
+        plot = self._plot(DataRange1d(start=0) if panel.from_zero and not logarithmic else DataRange1d(), logarithmic)
         self._mark_phases(plot, panel.phase_names)
         names = [f"{panel.key}:{series.column}" for series in panel.series]
         for index, (series, name) in enumerate(zip(panel.series, names, strict=True)):
@@ -140,7 +139,7 @@ class Sheet:
 
     def embed(self) -> str:
         """The document and what page.js needs to know, ready to stand inside a script element."""
-        axes = {name: {"label": axis.label, "end": [0, axis.end * 1.01 or 1]} for name, axis in self.axes.items()}
+        axes = {name: {"label": axis.label, "end": [0, axis.end * 1.02 or 1]} for name, axis in self.axes.items()}
         document = serialize_json(self.document.to_json(deferred=False))
         return embedded_json(
             f'{{"axes": {json.dumps(axes)}, "hosts": {json.dumps(self.hosts)}, "document": {document}}}'
@@ -161,7 +160,7 @@ class Sheet:
         plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
         if isinstance(y_range, DataRange1d) and not logarithmic:
             plot.yaxis.ticker = BasicTicker(desired_num_ticks=5)
-            plot.yaxis.formatter = BasicTickFormatter(power_limit_high=6, power_limit_low=-4)
+            plot.yaxis.formatter = NumeralTickFormatter(format="0.[0000000]a")
         plot.xgrid.visible = False
         _typography(plot)
         return plot
@@ -174,7 +173,7 @@ class Sheet:
         band.tags = ["band"]
         border = plot.vspan("left", source=self.phase_source, line_dash="dotted", level="underlay")
         border.tags = ["rule"]
-        if names and len(self.phases) <= MOST_LABELLED_PHASES:
+        if names:
             plot.extra_y_ranges = {"unit": Range1d(start=0, end=1)}
             edge, baseline = (1, "top") if names == "above" else (0, "bottom")
             label = plot.text(
