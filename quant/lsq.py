@@ -1,0 +1,241 @@
+"""LSQ: weights and activations at 2 to 8 bits with step sizes that are learned (Esser et al., arXiv 1902.08153).
+
+    w_q = lsq_quantize(w, s_w)      x_q = lsq_quantize(x, s_x)      y = x_q * w_q + b
+
+`quant.learned_step` has `lsq_quantize` with its gradients. The gradient of a step is multiplied by 1 / sqrt(N Qp) (section
+2.2), with N the weights of the layer, or the features of one sample. quant/README.md compares the presets.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Gt, Interval
+from torch import Tensor, nn
+
+from quant import matmul
+from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
+from quant.learned_step import GradScale, Init, Param, Range, Ste, StepCodes, StepQuantizer, StepSettings
+
+WeightRange = Literal["full", "symmetric"]
+Granularity = Literal["tensor", "channel"]
+Placement = Literal["layer_input", "post_act"]
+Preset = Literal["v3", "v1", "plain", "plus"]
+ACTIVATIONS = (nn.ReLU, nn.ReLU6)
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Everything in which the presets differ. The defaults are v3, the paper's last version."""
+
+    weight_range: WeightRange = "full"
+    weight_ste: Ste = "clipped"
+    weight_steps: Granularity = "tensor"
+    act_range: Range = "auto"
+    act_offset: bool = False
+    placement: Placement = "layer_input"
+    grad_scale: GradScale = "1/sqrt_n_qp"
+    grad_scale_batch: bool = False
+    step_init: Init = "lsq"
+    step_param: Param = "raw"
+
+
+PRESETS: dict[Preset, Switches] = {
+    "v3": Switches(),
+    "v1": Switches(weight_range="symmetric"),
+    "plain": Switches(
+        weight_range="symmetric",
+        weight_ste="passthrough",
+        act_range="symmetric",
+        placement="post_act",
+        grad_scale="none",
+    ),
+    "plus": Switches(act_range="unsigned", act_offset=True, step_init="lsq+"),
+}
+
+
+# ---- layers -------------------------------------------------------------------------------------------------------------
+
+
+class _Matrix(QuantizedLayer, nn.Module):
+    """What the two matrix layers share. `act_quantizer` is None where activations are quantized behind the ReLUs."""
+
+    no_decay = ("weight_quantizer.step", "act_quantizer.step", "act_quantizer.offset")
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: StepQuantizer
+    act_quantizer: StepQuantizer | None
+
+    def _prepare(self, old: nn.Conv2d | nn.Linear, settings: "Lsq") -> None:
+        self.weight, self.bias = old.weight, old.bias
+        channels = settings.switches.weight_steps == "channel"
+        shape = (len(old.weight), *[1] * (old.weight.dim() - 1)) if channels else (1,)
+        self.weight_quantizer = StepQuantizer(settings.for_weights(), shape, old.weight)
+        self.weight_quantizer.calibrate_(old.weight)
+        inside = settings.switches.placement == "layer_input"
+        self.act_quantizer = StepQuantizer(settings.for_activations(), (1,), old.weight) if inside else None
+        self.precision = Precision(weight=settings.weight_bits, act=settings.act_bits if inside else FLOAT)
+
+    def _quantized_weight(self) -> Tensor:
+        return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
+
+    def _quantized_input(self, x: Tensor) -> tuple[Tensor, StepCodes | None]:
+        """x_q, and how to remember it."""
+        if self.act_quantizer is None:
+            return x, None
+        x_q = self.act_quantizer(x)
+        return x_q, self.act_quantizer.codec(x_q)
+
+    def calibrate_(self, x: Tensor) -> None:
+        self.weight_quantizer.calibrate_(self.weight)
+        if self.act_quantizer is not None:
+            self.act_quantizer.calibrate_(x)
+
+    def weight_codes(self) -> Tensor:
+        return self.weight_quantizer.codes(self.weight)
+
+    def health(self, x: Tensor) -> dict[str, float]:
+        """Figures of the activations (of the weights, where the activations are quantized elsewhere); dead steps of both."""
+        of_weights = self.weight_quantizer.health(self.weight)
+        if self.act_quantizer is None:
+            return of_weights
+        figures = self.act_quantizer.health(x)
+        return figures | {
+            "weight_step_size": of_weights["step_size"],
+            "dead_steps": max(figures["dead_steps"], of_weights["dead_steps"]),
+        }
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+class LsqConv2d(_Matrix, nn.Conv2d):
+    """y = conv(x_q, w_q) + b.   x (B, C, H, W) -> (B, O, H', W')"""
+
+    def __init__(self, old: nn.Conv2d, settings: "Lsq") -> None:
+        shape = matmul.Conv.of(old)
+        kernel, stride, padding, dilation = map(_pair, (old.kernel_size, shape.stride, shape.padding, shape.dilation))
+        channels = old.in_channels, old.out_channels
+        super().__init__(*channels, kernel, stride, padding, dilation, old.groups, device="meta")
+        self._prepare(old, settings)
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, codec = self._quantized_input(x)
+        return matmul.conv2d(x, self._quantized_weight(), self.bias, self.shape, codec)
+
+
+class LsqLinear(_Matrix, nn.Linear):  # type: ignore[misc]  # torch declares Linear.bias as never None
+    """y = x_q w_q^T + b.   x (..., C) -> (..., O)"""
+
+    def __init__(self, old: nn.Linear, settings: "Lsq") -> None:
+        super().__init__(old.in_features, old.out_features, device="meta")
+        self._prepare(old, settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, codec = self._quantized_input(x)
+        return matmul.linear(x, self._quantized_weight(), self.bias, codec)
+
+
+class LsqActivation(QuantizedLayer, nn.Module):
+    """A ReLU (or ReLU6) with the quantizer behind it, for `placement: post_act`. Its step is made on the CPU, in float32."""
+
+    no_decay = ("act_quantizer.step", "act_quantizer.offset")
+
+    def __init__(self, old: nn.Module, settings: "Lsq") -> None:
+        super().__init__()
+        self.activation = old
+        self.act_quantizer = StepQuantizer(settings.for_activations(), (1,), torch.empty(0))
+        self.precision = Precision(act=settings.act_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(x)
+        return self.act_quantizer(x)  # type: ignore[no-any-return]
+
+    def calibrate_(self, x: Tensor) -> None:
+        self.act_quantizer.calibrate_(self.activation(x))
+
+    def health(self, x: Tensor) -> dict[str, float]:
+        return self.act_quantizer.health(self.activation(x))
+
+
+# ---- settings -----------------------------------------------------------------------------------------------------------
+
+
+@register("lsq")
+@dataclass(frozen=True, kw_only=True)
+class Lsq(Quantizer):
+    """Settings of LSQ; conf/quant/lsq.yaml says what each one means. A switch that is None is as the preset has it.
+
+    Raises ValueError for 1 bit and for numbers of bits outside 2 .. 8.
+
+    >>> Lsq(preset="plain", weight_ste="clipped").switches.grad_scale
+    'none'
+    >>> layer = Lsq(weight_bits=3).layer(nn.Conv2d(8, 4, 3))
+    >>> layer.precision
+    Precision(weight=3, act=4, grad=32)
+    """
+
+    preset: Preset = "v3"
+    weight_bits: Annotated[int, Interval(ge=1, le=8)] = 4
+    act_bits: Annotated[int, Interval(ge=1, le=8)] = 4
+    weight_range: WeightRange | None = None
+    weight_ste: Ste | None = None
+    weight_steps: Granularity | None = None
+    act_range: Range | None = None
+    act_offset: bool | None = None
+    placement: Placement | None = None
+    grad_scale: GradScale | None = None
+    grad_scale_batch: bool | None = None
+    step_init: Init | None = None
+    step_constant: Annotated[float, Gt(0)] = 1.0
+    step_param: Param | None = None
+    handles = (nn.Conv2d, nn.Linear, *ACTIVATIONS)
+
+    def __post_init__(self) -> None:
+        for key, bits in (("weight_bits", self.weight_bits), ("act_bits", self.act_bits)):
+            if bits == 1:
+                raise ValueError(f"{key}: 1, but lsq needs 2 to 8: one bit has no level left beside 0; use quant=xnor")
+            if not 2 <= bits <= 8:
+                raise ValueError(f"{key}: {bits}, accepted: 2 to 8")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: {self.preset!r}, accepted: {', '.join(PRESETS)}")
+
+    @property
+    def switches(self) -> Switches:
+        """The preset with what was set beside it."""
+        own = {f.name: getattr(self, f.name) for f in fields(Switches)}
+        return replace(PRESETS[self.preset], **{name: value for name, value in own.items() if value is not None})
+
+    def for_weights(self) -> StepSettings:
+        switches = self.switches
+        return StepSettings(
+            bits=self.weight_bits,
+            kind="signed" if switches.weight_range == "full" else "symmetric",
+            ste=switches.weight_ste,
+            grad_scale=switches.grad_scale,
+            init="three_sigma" if switches.step_init == "lsq+" else switches.step_init,
+            constant=self.step_constant,
+            param=switches.step_param,
+        )
+
+    def for_activations(self) -> StepSettings:
+        switches = self.switches
+        return StepSettings(
+            bits=self.act_bits,
+            kind=switches.act_range,
+            offset=switches.act_offset,
+            per_sample=not switches.grad_scale_batch,
+            grad_scale=switches.grad_scale,
+            init="mse" if switches.step_init == "lsq+" else switches.step_init,
+            constant=self.step_constant,
+            param=switches.step_param,
+        )
+
+    def layer(self, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, nn.Conv2d):
+            return LsqConv2d(module, self)
+        if isinstance(module, nn.Linear):
+            return LsqLinear(module, self)
+        return LsqActivation(module, self) if self.switches.placement == "post_act" else None
