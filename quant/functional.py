@@ -1,7 +1,7 @@
 """The few functions that every method shares, each with its formula. Gradients live here, settings live in the methods."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Bits:
     channels_last: bool
 
     @classmethod
-    def of(cls, x: Tensor) -> "Bits":
+    def of(cls, x: Tensor) -> Self:
         return cls(x.shape, x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
     def pack(self, flags: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class _SteSign(torch.autograd.Function):
         return sign(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         if ctx.ste == "identity":
             return g, None, None
@@ -179,7 +179,7 @@ class _ScaledSign(torch.autograd.Function):
         return sign(w) * filter_mean(w.abs())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (w,) = ctx.saved_tensors
         n, c = w[0].numel(), w.shape[1]

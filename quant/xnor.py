@@ -56,7 +56,7 @@ def window_mean(x: Tensor, layer: nn.Conv2d) -> Tensor:
     x (B, C, H, W) -> (B, 1, H', W'), or (B, O, H', W') where the layer has groups.
     """
     groups = layer.groups
-    channel_mean = x.abs().unflatten(1, (groups, -1)).mean(2)
+    channel_mean = x.abs().view(x.shape[0], groups, -1, *x.shape[2:]).mean(2)
     height, width = layer.kernel_size
     box = x.new_full((groups, 1, height, width), 1 / (height * width))
     means = F.conv2d(channel_mean, box, None, layer.stride, layer.padding, layer.dilation, groups)
@@ -66,8 +66,8 @@ def window_mean(x: Tensor, layer: nn.Conv2d) -> Tensor:
 class _Binary(QuantizedLayer, nn.Module):
     """What the two layers share. `norm` is the batch normalisation before the sign, None where the settings want none."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     norm: nn.BatchNorm1d | nn.BatchNorm2d | None
     sharpness: Tensor | None
 
@@ -124,16 +124,20 @@ class _Binary(QuantizedLayer, nn.Module):
         return figures
 
 
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
 class BinaryConv2d(_Binary, nn.Conv2d):
     """y = conv(sign(BN(x)), sign(W)) alpha [K] + b.   x (B, C, H, W) -> (B, O, H', W')"""
 
     def __init__(self, old: nn.Conv2d, settings: "Xnor") -> None:
-        super().__init__(
-            old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
-            device="meta",
-        )  # fmt: skip
+        shape = (SignConv if settings.binary_activations else matmul.Conv).of(old)
+        kernel, stride, padding, dilation = map(_pair, (old.kernel_size, shape.stride, shape.padding, shape.dilation))
+        channels = old.in_channels, old.out_channels
+        super().__init__(*channels, kernel, stride, padding, dilation, old.groups, device="meta")
         self._prepare(old, settings, nn.BatchNorm2d)
-        self.shape = SignConv.of(old) if settings.binary_activations else matmul.Conv.of(old)
+        self.shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
         w = self._binary_weight()
@@ -148,7 +152,7 @@ class BinaryConv2d(_Binary, nn.Conv2d):
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
-class BinaryLinear(_Binary, nn.Linear):
+class BinaryLinear(_Binary, nn.Linear):  # type: ignore[misc]  # torch declares Linear.bias as never None
     """y = (sign(BN(x)) sign(W)^T) alpha [mean |BN(x)| of the row] + b.   x (..., C) -> (..., O)"""
 
     def __init__(self, old: nn.Linear, settings: "Xnor") -> None:
