@@ -18,7 +18,7 @@ A model is a function that is registered under a name:
 A model may carry three attributes, which the trainer reads with `getattr` and a config overrides:
 
 * `regime`, `data_regime`: its training recipe, as a list of phases in the form of `conf/regime/*.yaml` and
-  `conf/data_regime/*.yaml`, or as a function of (epoch, step) that returns the phase that holds there.
+  `conf/data_regime/*.yaml`, or as a function of the epoch that returns what holds in it, as a phase without its start.
 * `input_transform`: a callable that is applied to every float batch `x_NCHW` before the network sees it.
 
 A new model is a new file in this folder with a YAML beside the others: nothing else has to be edited.

@@ -60,9 +60,10 @@ def quantize_(model: nn.Module, quantizer: Quantizer, rules: Iterable[Rule] = ()
     rules = list(rules)
     names = {module: name for name, module in model.named_modules() if name}
     _refuse_idle_rules(rules, names)
-    rows = []
+    rows: list[LayerRow] = []
     for module, name in names.items():
-        if not isinstance(module, (*MATMUL, *quantizer.handles)) or _inside(name, rows):
+        handled = MATMUL + quantizer.handles
+        if not isinstance(module, handled) or _inside(name, rows):
             continue
         new, why = _decide(module, name, quantizer, rules, names)
         if new is not None:
@@ -84,7 +85,7 @@ def health(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
     names = {module: name for name, module in model.named_modules()}
 
     def record(layer: QuantizedLayer, x: Tensor) -> None:
-        figures[names[layer]] = layer.health(x)  # type: ignore[index]
+        figures[names[layer]] = layer.health(x)
 
     with torch.no_grad(), _before_each(model, record):
         model(images)
@@ -114,7 +115,7 @@ def _decide(
     if rule is not None and rule.keep:
         return None, rule.why or f"rule {', '.join(rule.match)}"
     if type(module) not in quantizer.handles:
-        return None, f"{type(module).__name__} is none of {quantizer.name}'s layers"
+        return None, f"{quantizer.name} has no layer for a {type(module).__name__}" if quantizer.handles else ""
     if rule is not None:
         quantizer = replace(quantizer, **rule.settings)
     try:

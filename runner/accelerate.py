@@ -17,7 +17,7 @@ def accelerate(model: nn.Module, config: TrainerConfig, device: torch.device) ->
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
 
     def run(images: Tensor) -> Tensor:
         with _autocast(config, device):

@@ -4,9 +4,10 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from models.base import build as build_float_model
@@ -15,6 +16,8 @@ from quant.surgery import LayerRow, Rule, quantize_
 from runner.faults import ConfigError, Fault
 from runner.schema import DataPhase, Phase, QuantConfig, RunConfig
 from runner.weights import Match, load_matching, read_weights
+
+P = TypeVar("P", Phase, DataPhase)
 
 
 @dataclass
@@ -60,18 +63,22 @@ def phases_of(config: RunConfig, model: nn.Module) -> tuple[Sequence[Phase], Seq
     """The regimes: the config's, or the model's own where the config leaves them to it."""
     regime, data = config.regime.phases, config.data_regime.phases
     return (
-        regime if regime is not None else [Phase.model_validate(p) for p in _own(model, "regime")],
-        data if data is not None else [DataPhase.model_validate(p) for p in _own(model, "data_regime")],
+        regime if regime is not None else _own(model, "regime", Phase, config.total_epochs),
+        data if data is not None else _own(model, "data_regime", DataPhase, config.total_epochs),
     )
 
 
-def _own(model: nn.Module, name: str) -> Sequence[Any]:
+def _own(model: nn.Module, name: str, phase: type[P], epochs: int) -> list[P]:
+    """The model's own phases: a list, or a function of the epoch, asked for each."""
     found = getattr(model, name, None)
     if found is None:
-        raise ConfigError(
-            [Fault(name, f"{name}=model, but {type(model).__name__} carries no attribute `{name}`; choose another")]
-        )
-    return found  # type: ignore[no-any-return]
+        kind = type(model).__name__
+        raise ConfigError([Fault(name, f"{name}=model, but {kind} carries no attribute `{name}`; choose another")])
+    raw = [{"epoch": epoch} | found(epoch) for epoch in range(epochs)] if callable(found) else found
+    try:
+        return [phase.model_validate(p) for p in raw]
+    except ValidationError as error:
+        raise ConfigError([Fault(f"{name} of the model", str(error))]) from error
 
 
 def _asking(section: str, make: Any, *args: Any, **kwargs: Any) -> Any:

@@ -119,8 +119,8 @@ def _components(source: _Source) -> Iterable[Component]:
                 registered = _registered(source, decorator)
                 if registered:
                     group, name = registered
-                    read = _fields if isinstance(node, ast.ClassDef) else _parameters
-                    yield Component(group, name, source.module, read(source, node))  # type: ignore[operator]
+                    arguments = _fields(source, node) if isinstance(node, ast.ClassDef) else _parameters(source, node)
+                    yield Component(group, name, source.module, arguments)
 
 
 def _registered(source: _Source, decorator: ast.expr) -> tuple[str, str] | None:

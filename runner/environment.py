@@ -79,7 +79,8 @@ def pick_device(wanted: str) -> torch.device:
 
 def prepare(seed: int, threads: int | None, device: torch.device) -> None:
     """Make a run repeatable: seeds, threads, deterministic algorithms."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

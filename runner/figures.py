@@ -200,8 +200,11 @@ class Sheet:
 def _columns(table: pd.DataFrame) -> dict[str, Any]:
     """A table as Bokeh columns; numbers without infinities, which no axis could show."""
     finite = table.replace([np.inf, -np.inf], np.nan)
-    return {str(name): finite[name].to_list() if finite[name].dtype == object else finite[name].to_numpy()
-            for name in finite}  # fmt: skip
+    columns = {str(name): finite[name] for name in finite}
+    return {
+        name: column.to_numpy() if pd.api.types.is_numeric_dtype(column) else column.to_list()
+        for name, column in columns.items()
+    }
 
 
 def source_of(table: pd.DataFrame) -> ColumnDataSource:

@@ -34,7 +34,7 @@ def health_rows(
     model.train(training)
     now = codes_of(model)
     for name in quantized_layers(model):
-        own = {key: value for key, value in figures.get(name, {}).items() if key in {"clip_ratio", "step_size"}}
+        own: dict[str, float | None] = {key: value for key, value in figures.get(name, {}).items() if key in {"clip_ratio", "step_size"}}
         codes = now.get(name)
         if codes is not None:
             own |= {"flip_rate": _flip_rate(before.get(name), codes), "code_entropy": _entropy(codes)}

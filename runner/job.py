@@ -27,6 +27,17 @@ from runner.signals import StopRequest
 from runner.train import evaluate, fit
 from runner.weights import save_weights
 
+SHOWN = {
+    "layer": "layer",
+    "was": "kind",
+    "becomes": "becomes",
+    "W": "weight_bits",
+    "A": "act_bits",
+    "G": "grad_bits",
+    "parameters": "parameters",
+    "MACs": "macs",
+    "why": "why",
+}  # columns of the preflight table: W, A, G are the bits of weights, activations and gradients
 MEASURED_ON = 8  # images of the batch on which the bytes saved for backward are measured
 
 
@@ -44,11 +55,11 @@ def train(config: RunConfig) -> Path:
         prepare(config.seed, config.trainer.threads, device)
         write_atomic(path / "config.yaml", _yaml(config), durable=False)
         run = Run(config, folder, screen, stop, device)
-        _preflight(run)
+        cost = _preflight(run)
         run.begin()
         folder.status("running", steps_total=run.total_steps, epoch=run.progress.epoch, step=run.progress.step)
         fit(run)
-        _conclude(run)
+        _conclude(run, cost)
         folder.status("done", int(Exit.DONE))
     except BaseException as error:
         _note_failure(folder, error)
@@ -80,7 +91,7 @@ def _note_failure(folder: RunFolder, error: BaseException) -> None:
         return
 
 
-def _preflight(run: Run) -> None:
+def _preflight(run: Run) -> Cost:
     """Before step 0: what became of every layer and why, on screen and in layers.csv; what the network costs."""
     images = run.first_images()[:MEASURED_ON]
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
@@ -98,7 +109,7 @@ def _preflight(run: Run) -> None:
     run.screen.say(_cost_line(cost, run))
     for remark in run.remarks:
         run.screen.say(remark)
-    run.cost = cost
+    return cost
 
 
 def _write_layers(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -115,13 +126,13 @@ def _cost_line(cost: Cost, run: Run) -> str:
     )
 
 
-def _conclude(run: Run) -> None:
+def _conclude(run: Run, cost: Cost) -> None:
     """Test the chosen weights once, write the summary, the weights for sharing and the dashboard."""
     if run.config.trainer.select == "val" and run.best:
         run.evaluated.load_state_dict(run.best)
     test = evaluate(run.evaluated, run.data.test, run.sizes(run.config.total_epochs - 1))
     save_weights(run.folder.path / "weights.safetensors", run.evaluated.state_dict(), flat(run.config))
-    summary = _summary(run) | {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
+    summary = _summary(run, cost) | {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
     write_json(run.folder.path / "summary.json", summary, durable=True)
     chosen = "best validation" if run.config.trainer.select == "val" else "last"
     run.screen.say(
@@ -133,8 +144,8 @@ def _conclude(run: Run) -> None:
         write_dashboard(run.folder.path)
 
 
-def _summary(run: Run) -> dict[str, Any]:
-    config, p, cost = run.config, run.progress, run.cost
+def _summary(run: Run, cost: Cost) -> dict[str, Any]:
+    config, p = run.config, run.progress
     last, timing = _rows(run.folder.path / "metrics.csv")[-1], _rows(run.folder.path / "timing.csv")
     return {
         "name": config.name or run.folder.path.name,

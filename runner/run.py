@@ -15,7 +15,6 @@ from runner.accelerate import accelerate
 from runner.build import build, phases_of
 from runner.checkpoint import Checkpoints
 from runner.config import config_hash, flat
-from runner.cost import Cost
 from runner.data import Data, load
 from runner.environment import differences, environment
 from runner.faults import BadData
@@ -76,7 +75,6 @@ class Run:
         self._steps_before = [0, *accumulate(self.batches_in(e) for e in range(config.total_epochs))]
         self._saved_at, self._save_seconds, self._epoch_began = time.monotonic(), 0.0, time.monotonic()
         self.saved_bytes_per_sample: int | None = None
-        self.cost: Cost | None = None
 
     # Where the run stands ------------------------------------------------------------------------------------------
 
@@ -237,4 +235,5 @@ class Run:
 
 
 def _average(model: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

@@ -10,11 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 
+PLAIN_WIDTH = 150
+
+
 class Screen:
     """Prints for a person; `mode` is auto | bar | plain | none."""
 
     def __init__(self, mode: str) -> None:
         self.console = Console(quiet=mode == "none", highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_WIDTH  # a file or a pipe has no width; 80 would break every table
         self.live = mode == "bar" or (mode == "auto" and self.console.is_terminal)
         self._progress: Progress | None = None
         self._task: TaskID | None = None

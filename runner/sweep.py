@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -62,10 +63,10 @@ def hand_to_hydra(words: Sequence[str]) -> int:
     return int(Exit.DONE)
 
 
-def _report(paths: dict[object, list[str]]) -> int:
+def _report(paths: dict[Path, list[str]]) -> int:
     screen, rows = Screen("plain"), []
     for path, job in paths.items():
-        status = status_of(path)  # type: ignore[arg-type]
+        status = status_of(path)
         rows.append(
             [
                 " ".join(job),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant.surgery import quantized_layers
-from runner.data import Source
+from runner.sources import Source
 from runner.faults import Diverged, Preempted
 from runner.health import gradient_norms
 from runner.optim import optimizer_for
@@ -64,7 +64,7 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, label
     for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
         logits = run.forward(x)
         part = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) * (len(y) / len(labels))
-        scaler.scale(part).backward()
+        scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
         right += (logits.detach().argmax(1) == y).sum()
     if config.grad_clip is not None:
