@@ -1,0 +1,221 @@
+"""LLVM vector code that Numba cannot express: what runs in the inner loops of the packed kernels.
+
+Numba compiles the plain loops of `conv.py` and `packing.py`; the functions here are called from them and
+emit vectors of 16 lanes (`<16 x i32>`). LLVM turns such a vector into one AVX-512 register, two AVX2 or four
+NEON ones, and `llvm.ctpop` into VPOPCNTD, into a shuffle or into CNT: one text serves every processor.
+Addresses travel as int64 (Numba has no raw pointers); every function here returns nothing and stores its result.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+FLOAT = ir.FloatType()
+WORDS = ir.VectorType(I32, LANES)
+FLOATS = ir.VectorType(FLOAT, LANES)
+HALVES, BYTES = ir.VectorType(I16, LANES), ir.VectorType(I8, 32)
+FLAGS = ir.VectorType(I1, LANES)
+SIGN_BIT, ONE = 0x80000000, 0x3F800000  # of a float32
+
+Builder = Any
+Value = Any
+
+
+def lanes(value: int | list[int], of: ir.VectorType = WORDS) -> Value:
+    """A constant vector: one number in every lane, or a list with a number for each."""
+    return ir.Constant(of, value if isinstance(value, list) else [value] * of.count)
+
+
+def at(builder: Builder, address: Value, index: Value | int, of: Any) -> Value:
+    """Pointer to element `index` (counted in elements of type `of`) behind an int64 address."""
+    index = ir.Constant(I64, index) if isinstance(index, int) else index
+    return builder.gep(builder.inttoptr(address, of.as_pointer()), [index])
+
+
+def load(builder: Builder, address: Value, index: Value | int, of: Any, align: int = 4) -> Value:
+    return builder.load(at(builder, address, index, of), align=align)
+
+
+def vector_at(builder: Builder, address: Value, number: Value, vector: Any = WORDS, align: int = 4) -> Value:
+    """Load vector number `number` of an array of vectors behind the address."""
+    return builder.load(at(builder, address, number, vector), align=align)
+
+
+def words_at(builder: Builder, address: Value, index: Value) -> Value:
+    """Load 16 words from word `index` on."""
+    return builder.load(builder.bitcast(at(builder, address, index, I32), WORDS.as_pointer()), align=4)
+
+
+def store_words(builder: Builder, words: Value, address: Value, index: Value) -> None:
+    """Store 16 words (or floats) from 32-bit element `index` on."""
+    pointer = builder.bitcast(at(builder, address, index, I32), words.type.as_pointer())
+    builder.store(words, pointer, align=4)
+
+
+def zeroed(builder: Builder, vector: Any, count: int) -> list[Value]:
+    """Local variables that start at 0; LLVM keeps them in registers."""
+    slots = [cgutils.alloca_once(builder, vector) for _ in range(count)]
+    for slot in slots:
+        builder.store(lanes(0, vector), slot)
+    return slots
+
+
+def add_to(builder: Builder, slot: Value, value: Value) -> None:
+    builder.store(builder.add(builder.load(slot), value), slot)
+
+
+def splat(builder: Builder, scalar: Value, of: ir.VectorType = WORDS) -> Value:
+    """The scalar in every lane (a broadcast load, where the scalar comes from memory)."""
+    undefined = ir.Constant(of, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, undefined, lanes(0, ir.VectorType(I32, of.count)))
+
+
+def call(builder: Builder, name: str, result: Any, *arguments: Value) -> Value:
+    """Call an LLVM intrinsic by its full name."""
+    signature = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+
+
+def popcount(builder: Builder, words: Value) -> Value:
+    return call(builder, "llvm.ctpop.v16i32", WORDS, words)
+
+
+def first_lanes(builder: Builder, count: Value) -> Value:
+    """Mask of the first `count` lanes; a tail shorter than a vector is loaded and stored through it."""
+    return builder.icmp_signed("<", lanes(list(range(LANES))), splat(builder, builder.trunc(count, I32)))
+
+
+def masked_load(builder: Builder, address: Value, index: Value, mask: Value) -> Value:
+    """16 words from word `index` on, 0 where the mask (None: all set) is not set."""
+    if mask is None:
+        return words_at(builder, address, index)
+    pointer = builder.bitcast(at(builder, address, index, I32), WORDS.as_pointer())
+    return call(builder, "llvm.masked.load.v16i32.p0", WORDS, pointer, I32(4), mask, lanes(0))
+
+
+def masked_store(builder: Builder, value: Value, address: Value, index: Value, mask: Value, of: Any = I32) -> None:
+    """Store 16 elements of type `of` from element `index` on, where the mask (None: all set) is set."""
+    pointer = builder.bitcast(at(builder, address, index, of), value.type.as_pointer())
+    size = 2 if of is I16 else 4
+    if mask is None:
+        builder.store(value, pointer, align=size)
+        return
+    name = {I32: "v16i32", I16: "v16i16", FLOAT: "v16f32"}[of]
+    call(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), value, pointer, I32(size), mask)
+
+
+def full_and_tail(builder: Builder, count: Value, most: int) -> Iterator[bool]:
+    """Emit the loop's body twice: once for `most` elements (True), once, with masks, for fewer (False).
+
+    Masked stores are slow before AVX-512 and missing on ARM; they run only where a row ends.
+    """
+    with builder.if_else(builder.icmp_signed(">=", count, I64(most))) as (then, otherwise):
+        with then:
+            yield True
+        with otherwise:
+            yield False
+
+
+def emitted(emit: Callable[..., Value]) -> Any:
+    """Turn `emit(builder, *int64 values)` into a function that Numba code calls with integers (and that may return one)."""
+    returns = types.void if inspect.signature(emit).return_annotation is None else types.int64
+
+    def typed(typing_context: Any, *given: Any) -> Any:
+        def generate(context: Any, builder: Builder, signature: Any, values: Any) -> Any:
+            result = emit(builder, *values)
+            return context.get_dummy_value() if result is None else result
+
+        return returns(*[types.int64] * len(given)), generate
+
+    typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
+    # Numba reads the names and the number of the arguments here; `builder` stands for its own context.
+    typed.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
+    return intrinsic(typed)
+
+
+@emitted
+def ticket(builder: Builder, counter: Value) -> Value:
+    """The next number, starting from 0: each thread of a team draws its tasks here."""
+    return builder.atomic_rmw("add", at(builder, counter, 0, I64), I64(1), "monotonic")
+
+
+@emitted
+def clear(builder: Builder, address: Value, size: Value) -> None:
+    """Set `size` bytes to 0."""
+    cgutils.memset(builder, at(builder, address, 0, I8), size, 0)
+
+
+@emitted
+def get_word(builder: Builder, address: Value, index: Value) -> Value:
+    """The 32-bit word number `index` as a positive number."""
+    return builder.zext(load(builder, address, index, I32), I64)
+
+
+@emitted
+def put_word(builder: Builder, address: Value, index: Value, value: Value) -> None:
+    builder.store(builder.trunc(value, I32), at(builder, address, index, I32), align=4)
+
+
+@emitted
+def put_half(builder: Builder, address: Value, index: Value, value: Value) -> None:
+    """Store the lowest 16 bits."""
+    builder.store(builder.trunc(value, I16), at(builder, address, index, I16), align=2)
+
+
+@emitted
+def finish(
+    builder: Builder,
+    sums: Value,
+    low: Value,
+    high: Value,
+    scale: Value,
+    bias: Value,
+    out: Value,
+    count: Value,
+) -> None:
+    """out = (high - low - 2 sums) scale + bias for 16 channels, of which the first `count` are stored as float32."""
+    zero = I64(0)
+    base = builder.sub(words_at(builder, high, zero), words_at(builder, low, zero))
+    whole = builder.sub(base, builder.shl(words_at(builder, sums, zero), lanes(1)))
+    scales, biases = (builder.bitcast(words_at(builder, address, zero), FLOATS) for address in (scale, bias))
+    value = builder.fadd(builder.fmul(builder.sitofp(whole, FLOATS), scales), biases)
+    for full in full_and_tail(builder, count, LANES):
+        masked_store(builder, value, out, zero, None if full else first_lanes(builder, count), FLOAT)
+
+
+@emitted
+def transpose(
+    builder: Builder,
+    source: Value,
+    source_step: Value,
+    target: Value,
+    target_step: Value,
+    pixels: Value,
+    channels: Value,
+) -> None:
+    """16 pixels of 16 channels each, to 16 channels of (at most) 16 pixels each.
+
+    Four rounds of interleaving rows i and i + 8 (a perfect shuffle of 16 x 16 elements) transpose the square.
+    """
+    rows = [words_at(builder, builder.add(source, builder.mul(source_step, I64(i))), I64(0)) for i in range(LANES)]
+    for _ in range(4):
+        rows = [half for i in range(8) for half in _interleave(builder, rows[i], rows[i + 8])]
+    for full in full_and_tail(builder, pixels, LANES):
+        mask = None if full else first_lanes(builder, pixels)
+        for i, row in enumerate(rows):
+            with builder.if_then(builder.icmp_signed("<", I64(i), channels)):
+                masked_store(builder, row, builder.add(target, builder.mul(target_step, I64(i))), I64(0), mask)
+
+
+def _interleave(builder: Builder, a: Value, b: Value) -> tuple[Value, Value]:
+    low = [element for i in range(8) for element in (i, i + LANES)]
+    high = [element + 8 for element in low]
+    return builder.shuffle_vector(a, b, lanes(low)), builder.shuffle_vector(a, b, lanes(high))

@@ -1,0 +1,125 @@
+"""The packed convolution and linear layer as functions of tensors: plan a job, give it to the threads."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant.kernels.conv import ENTRIES, JOB, SHAPES, ConvJob
+from quant.kernels.machine import Processor, compiled, run, threads_for
+from quant.kernels.packing import memory_format, pack_activations, packed_channels_last
+from quant.kernels.weights import PackedWeight
+
+CACHED_WEIGHTS = 384 * 1024  # bytes of weights that pass over all images before the next ones
+BAND_PIXELS = 128  # whose raw sums lie in the first-level cache until they are finished
+
+
+@functools.cache
+def _entry(path: Processor) -> int:
+    return compiled(ENTRIES[path], JOB)
+
+
+@functools.cache
+def _plan(
+    path: Processor, shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], out_channels: int, acts_last: bool, threads: int,
+) -> tuple[ConvJob, int]:  # fmt: skip
+    """The job but for its addresses, which are 0, and how many threads to share it among."""
+    images, words, height, width = shape
+    out_height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    tile = SHAPES[path]
+    blocks = -(-out_channels // tile.lanes)
+    block_size = kernel[0] * kernel[1] * words * tile.weight_word
+    # A part of the weights stays in the second-level cache while the images pass by; every thread gets some parts.
+    parts = max(-(-blocks * block_size // CACHED_WEIGHTS), min(-(-2 * threads // images), -(-blocks // tile.blocks)))
+    per_task = -(-blocks // (parts * tile.blocks)) * tile.blocks
+    band = max(BAND_PIXELS // out_width, 1) * out_width if out_width <= BAND_PIXELS else BAND_PIXELS
+    columns_at = -(-height * (width + 2 * padding[1]) * words * tile.act_word // 64) * 64
+    sums_at = columns_at + -(-out_width // 16) * 64
+    tasks = images * -(-blocks // per_task)
+    job = ConvJob(
+        scratch_tickets=0, task_tickets=0, tasks=tasks, scratch=0,
+        scratch_size=sums_at + (band + 16) * tile.blocks * tile.lanes * 4, columns_at=columns_at, sums_at=sums_at,
+        acts=0, act_image_words=words * height * width, act_channel_words=1 if acts_last else height * width,
+        act_pixel_words=words if acts_last else 1, images=images, words=words, height=height, width=width,
+        weights=0, block_size=block_size, blocks=blocks, blocks_per_task=per_task,
+        kernel_height=kernel[0], kernel_width=kernel[1], stride_height=stride[0], stride_width=stride[1],
+        padding_height=padding[0], padding_width=padding[1], out_height=out_height, out_width=out_width, band=band,
+        base=0, base_row_size=0, channels_padded=blocks * tile.lanes, scale=0, bias=0, out=0,
+        out_channels=out_channels, channels_last=0,
+    )  # fmt: skip
+    return job, min(threads, tasks)
+
+
+def binary_conv2d(
+    x: Tensor,
+    weight: PackedWeight,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    channels_last: bool | None = None,
+) -> Tensor:
+    """conv2d(sign(x), sign(w)) * scale + bias with zero padding as the weight was packed for: float32 (N, O, H', W').
+
+    The sum of signs is exact; scale and bias have one number for each output channel and are applied in this order.
+    The output has the memory format of x, unless `channels_last` chooses one.
+    """
+    return conv2d_of_packed(
+        pack_activations(x), weight, scale=scale, bias=bias, stride=stride, channels_last=channels_last
+    )
+
+
+def conv2d_of_packed(
+    acts: Tensor,
+    weight: PackedWeight,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    channels_last: bool | None = None,
+) -> Tensor:
+    """The same for activations that `pack_activations` has packed."""
+    if acts.dtype != torch.int32 or acts.ndim != 4 or acts.shape[1] != -(-weight.in_channels // 32):
+        raise ValueError(
+            f"the weight takes {weight.in_channels} packed channels; given {acts.dtype} {tuple(acts.shape)}, "
+            f"accepted torch.int32 (N, {-(-weight.in_channels // 32)}, H, W)"
+        )
+    acts_last = packed_channels_last(acts)
+    last = acts_last if channels_last is None else channels_last
+    steps = (stride, stride) if isinstance(stride, int) else stride
+    plan, threads = _plan(
+        weight.processor, tuple(acts.shape), weight.kernel_size, steps, weight.padding, weight.out_channels,
+        acts_last, threads_for(1 << 20),
+    )  # fmt: skip
+    out = torch.empty(
+        (plan.images, weight.out_channels, plan.out_height, plan.out_width), memory_format=memory_format(last)
+    )
+    scratch = torch.empty(threads * plan.scratch_size, dtype=torch.uint8)
+    scales, biases = _per_channel(scale, weight.ones), _per_channel(bias, weight.zeros)
+    job = plan._replace(
+        scratch=scratch.data_ptr(), acts=acts.data_ptr(), weights=weight.words.data_ptr(), base=weight.base.data_ptr(),
+        scale=scales.data_ptr(), bias=biases.data_ptr(), out=out.data_ptr(), channels_last=last,
+        base_row_size=weight.base[0].nbytes,
+    )  # fmt: skip
+    run(_entry(weight.processor), job, threads)
+    return out
+
+
+def _per_channel(given: Tensor | None, default: Tensor) -> Tensor:
+    """One float32 for each output channel, as many as the blocks have lanes."""
+    if given is None:
+        return default
+    flat = given.detach().reshape(-1).to(torch.float32)
+    return flat if flat.numel() == default.numel() else F.pad(flat, (0, default.numel() - flat.numel()))
+
+
+def binary_linear(
+    x: Tensor, weight: PackedWeight, *, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """linear(sign(x), sign(w)) * scale + bias: float32 (..., C) -> (..., O). The rows are the pixels of one image."""
+    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    out = binary_conv2d(image, weight, scale=scale, bias=bias, channels_last=True)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.out_channels)
