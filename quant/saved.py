@@ -1,0 +1,86 @@
+"""How many bytes autograd keeps between forward and backward: measured on the graph, not computed from the layers.
+
+Every tensor that a function saves passes through `torch.autograd.graph.saved_tensors_hooks`, those of custom functions and
+of compiled graphs too. A storage counts once and whole, however many tensors view it. What a function hides in an attribute of
+its context the hooks never see; the graph is searched for such tensors, and one of them is an error.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.nn import functional as F
+
+
+def saved_bytes(run: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes kept for the backward pass of `run()`, without the storages of `exclude` (parameters, buffers).
+
+    Raises ValueError where a custom function keeps a tensor as an attribute of its context, unseen by autograd.
+
+    >>> x = torch.ones(100, requires_grad=True)
+    >>> saved_bytes(lambda: (x * x).sum()), saved_bytes(lambda: x.relu().sum()), saved_bytes(lambda: (2 * x).sum())
+    (400, 400, 0)
+    """
+    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses from being given out again
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
+        result = run()
+    _refuse_hidden(result)
+    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
+
+
+def saved_bytes_per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Bytes a sample that a training step of `model` keeps for backward, with cross entropy behind it; images included.
+
+    The model is left as it was: buffers (running statistics) and the random state are put back.
+    """
+    with _undisturbed(model, images.device):
+        exclude = [*model.parameters(), *model.buffers()]
+        return saved_bytes(lambda: F.cross_entropy(model(images), labels), exclude) / len(images)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _refuse_hidden(result: Tensor) -> None:
+    for node in _nodes(result.grad_fn):
+        hidden = [name for name, value in getattr(node, "__dict__", {}).items() if _holds_tensor(value)]
+        if hidden:
+            raise ValueError(f"{node.name()} keeps {', '.join(hidden)} in its context: use ctx.save_for_backward")
+
+
+def _nodes(root: Node | None) -> Iterator[Node]:
+    waiting, seen = [root], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, dict):
+        return any(_holds_tensor(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_tensor(v) for v in value)
+    return is_dataclass(value) and any(_holds_tensor(getattr(value, f.name)) for f in fields(value))
