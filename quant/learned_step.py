@@ -82,7 +82,8 @@ def lsq_quantize(
     >>> y.tolist(), v.grad.tolist(), round(step.grad.item(), 4)  # 0 + (1 - 0.6) + (2 - 1.8) + 3
     ([0.0, 0.5, 1.0, 1.5], [0.0, 1.0, 1.0, 0.0], 3.6)
     """
-    qn, qp, scale = (torch.as_tensor(number, device=v.device) for number in (qn, qp, grad_scale))
+    qn, qp = torch.as_tensor(qn, device=v.device), torch.as_tensor(qp, device=v.device)
+    scale = torch.as_tensor(grad_scale, device=v.device, dtype=torch.promote_types(step.dtype, torch.float32))
     return _Lsq.apply(v, step, offset, qn, qp, scale, not passthrough)  # type: ignore[no-any-return]
 
 
@@ -216,15 +217,16 @@ class StepQuantizer(nn.Module):
     def calibrate_(self, v: Tensor) -> None:
         """Set the range (signed or not), the steps and the offsets from v. Raises ValueError where v does not fit the settings.
 
-        A tensor or channel of zeros has no scale of its own: its step becomes 1 / Qp, so that its levels reach 1.
+        A tensor or channel of zeros (or of next to nothing) has no scale of its own: its step becomes 1 / Qp, so that its levels
+        reach 1.
         """
         lowest = float(v.min()) if v.numel() else 0.0
         self._set_range_(lowest)
         wide = v.to(torch.promote_types(v.dtype, torch.float32)).reshape(self.step.numel(), -1)
         step, offset = self._first(wide) if v.numel() else (wide.new_zeros(len(wide)), wide.new_zeros(len(wide)))
-        step = torch.where(step > _smallest(self.step.dtype), step, 1 / int(self.qp)).to(self.step.dtype)
-        if not bool((step.isfinite() & offset.isfinite()).all()):
+        if not bool((step.to(self.step.dtype).isfinite() & offset.isfinite()).all()):
             raise ValueError(f"no step can be found: the first input is not finite, or too large for {v.dtype}")
+        step = torch.where(step > _smallest(self.step.dtype), step, 1 / int(self.qp))
         raw = step + torch.log(-torch.expm1(-step)) if self.settings.param == "softplus" else step
         self.step.copy_(raw.view_as(self.step))
         if self.offset is not None:
@@ -257,12 +259,13 @@ class StepQuantizer(nn.Module):
 
     @torch.no_grad()
     def health(self, v: Tensor) -> dict[str, float]:
-        """Mean `step_size` as the parameter has it (zero or below: dead), `clip_ratio`, `dead_steps` (share of them), and for
-        levels without a sign `negative_ratio`: the share of v that is lost below 0."""
+        """Mean `step_size` as the parameter has it (zero or below: dead), `dead_steps` (share of them), `clip_ratio`: share of v
+        more than half a step outside the levels; where they have no sign, `negative_ratio`: share of v that is lost below 0.
+        """
         raw, u = self.raw_size(), _in_steps(v, self.size(), self.offset)
         figures = {
             "step_size": raw.mean().item(),
-            "clip_ratio": ((u < -self.qn) | (u > self.qp)).float().mean().item(),
+            "clip_ratio": ((u < -0.5 - self.qn) | (u > self.qp + 0.5)).float().mean().item(),
             "dead_steps": (raw <= _smallest(raw.dtype)).float().mean().item(),
         }
         blind = self.offset is None and int(self.qn) == 0

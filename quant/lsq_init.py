@@ -48,6 +48,8 @@ def least_squares(rows: Tensor, qn: int, qp: int, offset: bool) -> tuple[Tensor,
     (0.5, 0.5)
     """
     rows = rows[:, :: -(-rows.shape[1] // SAMPLES)]
+    scale = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows = rows / scale  # squares of very large or small values are no numbers
     zero = rows.new_zeros(len(rows), 1)
     best_step, best_beta, best_error = zero, zero, zero + torch.inf
     for start in range(1, STARTS + 1):
@@ -58,7 +60,7 @@ def least_squares(rows: Tensor, qn: int, qp: int, offset: bool) -> tuple[Tensor,
         better = error < best_error
         best_step, best_beta = torch.where(better, step, best_step), torch.where(better, beta, best_beta)
         best_error = torch.where(better, error, best_error)
-    return best_step[:, 0], best_beta[:, 0]
+    return (best_step * scale)[:, 0], (best_beta * scale)[:, 0]
 
 
 def _span(rows: Tensor, qn: int, qp: int, offset: bool, share: float) -> tuple[Tensor, Tensor]:
