@@ -45,7 +45,7 @@ class QuantizedLayer:
 
     precision: Precision = Precision()
     no_decay: ClassVar[tuple[str, ...]] = ()
-    """Names of this layer's own parameters that weight decay leaves alone (steps, scales)."""
+    """Names of this layer's parameters that weight decay leaves alone (`alpha`, `act_quantizer.step`)."""
 
     def project_(self) -> None:
         """Put the parameters back where the method wants them (centre, clamp). Called once after every optimizer step."""

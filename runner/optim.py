@@ -41,7 +41,7 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
         id(parameter)
         for module in model.modules()
         if isinstance(module, QuantizedLayer)
-        for name, parameter in module.named_parameters(recurse=False)
+        for name, parameter in module.named_parameters()
         if name in module.no_decay
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
