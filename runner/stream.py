@@ -5,6 +5,7 @@ depend on how many workers there are, nor on what they did before.
 """
 
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from runner.augment import Draw, crop_boxes
 from runner.datasets import Files
@@ -90,6 +92,16 @@ def _leave_signals_to_the_parent(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _stop_workers(loader: DataLoader[Reply]) -> None:
+    """At the latest when the interpreter exits: it would end workers with SIGTERM, which they ignore, and wait for ever."""
+    iterator = loader._iterator
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+
+
 class Stream:
     """Replies to requests, in their order."""
 
@@ -106,6 +118,7 @@ class Stream:
             generator=torch.Generator(),  # its own: the global one must not move with the number of workers
             pin_memory=pin_memory,
         )
+        weakref.finalize(self, _stop_workers, self.loader)
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
         self.requests.pending = requests

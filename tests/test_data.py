@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -298,6 +300,32 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert_equal(batches(none.train, epoch=6), batches(two.train, epoch=6))
     assert_equal(batches(none.test, input_size=24), batches(two.test, input_size=24))
     assert torch.equal(before, torch.get_rng_state())
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+from made_data import dataset_config
+import torch
+from runner.data import load
+keys = {"root": sys.argv[1], "memory": "never", "input_size": 16, "workers": 2, "cache": None}
+data = load(dataset_config("folder", **keys), device=torch.device("cpu"))
+signal.signal(signal.SIGTERM, lambda *_: print("signalled"))
+abandoned = data.train.batches(seed=0, epoch=0, batch_size=2)
+next(abandoned)
+os.killpg(0, signal.SIGTERM)
+print("images", sum(len(labels) for _, labels in abandoned))
+abandoned = data.train.batches(seed=0, epoch=1, batch_size=2)
+next(abandoned)
+"""
+
+
+def test_workers_outlive_a_signal_to_the_group_but_not_their_parent(tmp_path: Path) -> None:
+    images(tmp_path / "tree")
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path / "tree"), str(tests), str(tests.parent)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True, check=True)
+    assert result.stdout.split("\n")[:2] == ["signalled", "images 20"]
 
 
 def test_streams_are_sharded_as_memory_is(tmp_path: Path) -> None:
