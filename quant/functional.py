@@ -37,14 +37,26 @@ def stochastic_round(x: Tensor) -> Tensor:
     return torch.floor(x + torch.rand_like(x))
 
 
-def ste_round(x: Tensor) -> Tensor:
-    """round(x) forward, the identity backward: the straight-through estimator (arXiv 1308.3432).
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value` forward, to the bit; backward the identity to x (arXiv 1308.3432), and nothing to `value`. Both of one shape.
 
     >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
-    >>> y = ste_round(x); y.sum().backward(); (y.tolist(), x.grad.tolist())
+    >>> y = straight_through(x, x.round()); y.sum().backward(); (y.tolist(), x.grad.tolist())
     ([0.0, 2.0], [1.0, 1.0])
     """
-    return x + (x.round() - x).detach()
+    y: Tensor = _StraightThrough.apply(x, value)
+    return y
 
 
 def filter_mean(w: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from quant import matmul
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.functional import SignBits, scaled_sign, sign, ste_sign
+from quant.layers import Conv2d, Linear, Matrix, rewrite
 
 BATCH_NORM_EPS = 1e-4  # of both public implementations
 SCHEDULED_STE = ("ede", "reste")
@@ -63,26 +64,42 @@ def window_mean(x: Tensor, layer: nn.Conv2d) -> Tensor:
     return means if groups == 1 else means.repeat_interleave(layer.out_channels // groups, 1)
 
 
-class _Binary(QuantizedLayer, nn.Module):
+class _Binary(QuantizedLayer, Matrix):
     """What the two layers share. `norm` is the batch normalisation before the sign, None where the settings want none."""
 
-    weight: Tensor
-    bias: Tensor | None
+    settings: "Xnor"
     norm: nn.BatchNorm1d | nn.BatchNorm2d | None
     sharpness: Tensor | None
 
-    def _prepare(
-        self, old: nn.Conv2d | nn.Linear, settings: "Xnor", norm: type[nn.BatchNorm1d | nn.BatchNorm2d]
-    ) -> None:
-        self.settings = settings
-        self.weight, self.bias = old.weight, old.bias
+    def prepare(self) -> None:
+        settings = self.settings
         self.precision = Precision(weight=1, act=1 if settings.binary_activations else FLOAT)
-        place: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+        place: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         with_norm = settings.binary_activations and settings.input_norm == "batch"
-        channels = old.in_channels if isinstance(old, nn.Conv2d) else old.in_features
-        self.norm = norm(channels, eps=BATCH_NORM_EPS, **place) if with_norm else None
+        self.norm = self._batch_norm(eps=BATCH_NORM_EPS, **place) if with_norm else None
         curved = settings.binary_activations and settings.ste in SCHEDULED_STE
         self.register_buffer("sharpness", torch.tensor(settings.sharpness, **place) if curved else None, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = scaled_sign(self._latent_weight(), self.settings.gradient)
+        if not self.settings.binary_activations:
+            return self.product(x, w, self.bias)
+        x = self._normalised(x)
+        signs = ste_sign(x, self.settings.ste, self.sharpness)
+        codec = SignBits.of(signs)
+        if not self.settings.input_scale:
+            return self.product(signs, w, self.bias, codec)
+        y = self.product(signs, w, None, codec) * self._input_scale(x)
+        return y if self.bias is None else y + self.bias.view(-1, *[1] * (w.dim() - 2))
+
+    def _batch_norm(self, **settings: Any) -> nn.BatchNorm1d | nn.BatchNorm2d:
+        raise NotImplementedError
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _input_scale(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     @property
     def _may_centre(self) -> bool:
@@ -93,12 +110,6 @@ class _Binary(QuantizedLayer, nn.Module):
         if self.settings.centre == "graph" and self._may_centre:
             return self.weight - self.weight.mean(1, keepdim=True)
         return self.weight
-
-    def _binary_weight(self) -> Tensor:
-        return scaled_sign(self._latent_weight(), self.settings.gradient)
-
-    def _binary_input(self, normalised: Tensor) -> Tensor:
-        return ste_sign(normalised, self.settings.ste, self.sharpness)
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -124,53 +135,40 @@ class _Binary(QuantizedLayer, nn.Module):
         return figures
 
 
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]
-
-
-class BinaryConv2d(_Binary, nn.Conv2d):
+class BinaryConv2d(_Binary, Conv2d):
     """y = conv(sign(BN(x)), sign(W)) alpha [K] + b.   x (B, C, H, W) -> (B, O, H', W')"""
 
-    def __init__(self, old: nn.Conv2d, settings: "Xnor") -> None:
-        shape = (SignConv if settings.binary_activations else matmul.Conv).of(old)
-        kernel, stride, padding, dilation = map(_pair, (old.kernel_size, shape.stride, shape.padding, shape.dilation))
-        channels = old.in_channels, old.out_channels
-        super().__init__(*channels, kernel, stride, padding, dilation, old.groups, device="meta")
-        self._prepare(old, settings, nn.BatchNorm2d)
-        self.shape = shape
+    def prepare(self) -> None:
+        super().prepare()
+        if self.settings.binary_activations:
+            self.geometry = SignConv.of(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        w = self._binary_weight()
-        if not self.settings.binary_activations:
-            return matmul.conv2d(x, w, self.bias, self.shape)
-        x = x if self.norm is None else self.norm(x)
-        signs = self._binary_input(x)
-        codec = SignBits.of(signs)
-        if not self.settings.input_scale:
-            return matmul.conv2d(signs, w, self.bias, self.shape, codec)
-        y = matmul.conv2d(signs, w, None, self.shape, codec) * window_mean(x, self)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+    def _batch_norm(self, **settings: Any) -> nn.BatchNorm2d:
+        return nn.BatchNorm2d(self.in_channels, **settings)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x)
+
+    def _input_scale(self, x: Tensor) -> Tensor:
+        return window_mean(x, self)
 
 
-class BinaryLinear(_Binary, nn.Linear):  # type: ignore[misc]  # torch declares Linear.bias as never None
+class BinaryLinear(_Binary, Linear):
     """y = (sign(BN(x)) sign(W)^T) alpha [mean |BN(x)| of the row] + b.   x (..., C) -> (..., O)"""
 
-    def __init__(self, old: nn.Linear, settings: "Xnor") -> None:
-        super().__init__(old.in_features, old.out_features, device="meta")
-        self._prepare(old, settings, nn.BatchNorm1d)
-        self.shape = SignLinear() if settings.binary_activations else matmul.Linear()
+    def prepare(self) -> None:
+        super().prepare()
+        if self.settings.binary_activations:
+            self.geometry = SignLinear()
 
-    def forward(self, x: Tensor) -> Tensor:
-        w = self._binary_weight()
-        if not self.settings.binary_activations:
-            return matmul.linear(x, w, self.bias)
-        x = x if self.norm is None else self.norm(x.flatten(0, -2)).view(x.shape)
-        signs = self._binary_input(x)
-        codec = SignBits.of(signs)
-        if not self.settings.input_scale:
-            return matmul.linear(signs, w, self.bias, codec, shape=self.shape)
-        y = matmul.linear(signs, w, None, codec, shape=self.shape) * x.abs().mean(-1, keepdim=True)
-        return y if self.bias is None else y + self.bias
+    def _batch_norm(self, **settings: Any) -> nn.BatchNorm1d:
+        return nn.BatchNorm1d(self.in_features, **settings)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x.flatten(0, -2)).view(x.shape)
+
+    def _input_scale(self, x: Tensor) -> Tensor:
+        return x.abs().mean(-1, keepdim=True)
 
 
 @register("xnor")
@@ -194,9 +192,5 @@ class Xnor(Quantizer):
     input_scale: bool = False
     scheduled = ("sharpness",)
 
-    def layer(self, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, nn.Conv2d):
-            return BinaryConv2d(module, self)
-        if isinstance(module, nn.Linear):
-            return BinaryLinear(module, self)
-        raise ValueError(f"xnor rewrites Conv2d and Linear, not {type(module).__name__}")
+    def layer(self, module: nn.Module) -> nn.Module:
+        return rewrite(module, self, BinaryConv2d, BinaryLinear)
