@@ -203,6 +203,14 @@ def test_the_printed_form_is_right_only_for_filters_of_one_weight() -> None:
     assert (paper - exact).norm() > 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize(("spread", "expected"), [(0.05, 0.50), (0.1, 0.73), (1.0, 0.99)])
+def test_how_far_the_printed_form_is_from_the_derivative(spread: float, expected: float) -> None:
+    w, g = weight((512, 16, 3, 3), spread), weight((512, 16, 3, 3), seed=1)
+    exact, paper, ste = (gradient(w, g, form).flatten() for form in ("exact", "paper", "ste"))
+    assert torch.cosine_similarity(exact, paper, 0).item() == pytest.approx(expected, abs=0.01)
+    assert torch.cosine_similarity(ste, paper, 0) > 0.9999
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_paper_and_ste_are_what_they_say(shape: tuple[int, ...]) -> None:
     w, g = weight(shape), weight(shape, seed=1)
