@@ -13,7 +13,7 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from quant.kernels.intrinsics import clear, finish, get_word, put_half, put_word, ticket, transpose
-from quant.kernels.machine import Processor, inlined
+from quant.kernels.machine import Processor, helper, inlined
 from quant.kernels.tiles import avx2_tile, avx512_tile, portable_tile
 
 
@@ -22,12 +22,18 @@ class ConvJob(NamedTuple):
 
     scratch_tickets: int  # counters that start at 0: which scratch memory a thread takes,
     task_tickets: int  # and which task
-    tasks: int
     scratch: int
+    acts: int  # packed activations, unpadded
+    weights: int
+    base: int
+    scale: int
+    bias: int
+    out: int
+    channels_last: int
+    tasks: int
     scratch_size: int  # of one thread
     columns_at: int  # where in the scratch the border classes of the columns lie
     sums_at: int  # and the raw popcounts of a band of pixels
-    acts: int  # packed activations, unpadded
     act_image_words: int
     act_channel_words: int
     act_pixel_words: int
@@ -35,7 +41,6 @@ class ConvJob(NamedTuple):
     words: int  # channel words of a pixel
     height: int
     width: int
-    weights: int
     block_size: int
     blocks: int
     blocks_per_task: int
@@ -48,14 +53,9 @@ class ConvJob(NamedTuple):
     out_height: int
     out_width: int
     band: int  # pixels
-    base: int
     base_row_size: int
     channels_padded: int
-    scale: int
-    bias: int
-    out: int
     out_channels: int
-    channels_last: int
 
 
 JOB = np.dtype([(name, np.int64) for name in ConvJob._fields])
@@ -78,7 +78,7 @@ PORTABLE = TileShape(lanes=16, blocks=1, pixels=4, steps=1, act_word=4, weight_w
 SHAPES: dict[Processor, TileShape] = {"avx512": AVX512, "avx2": AVX2, "portable": PORTABLE}
 
 
-@inlined
+@helper
 def _fill_image(job: Any, image: int, scratch: int, nibbles: bool) -> None:
     """Copy the words of an image into the scratch, pixel after pixel, between the padding columns (which stay 0)."""
     words, width = job.words, job.width
@@ -98,7 +98,7 @@ def _fill_image(job: Any, image: int, scratch: int, nibbles: bool) -> None:
                     put_word(scratch, place, word)
 
 
-@inlined
+@helper
 def _column_classes(job: Any, columns: int) -> None:
     """Which columns of the kernel lie in the image, for each output column: its row in `base`."""
     kernel, padding = job.kernel_width, job.padding_width
@@ -110,7 +110,7 @@ def _column_classes(job: Any, columns: int) -> None:
         put_word(columns, x, (first * side + kernel - last) * job.channels_padded * 4)
 
 
-@inlined
+@helper
 def _kernel_rows(job: Any, y: int) -> tuple[int, int]:
     """First and last kernel row that lie in the image; the others are skipped."""
     top = job.padding_height - y * job.stride_height
@@ -151,52 +151,49 @@ def _count_band(job: Any, tile: Any, shape: Any, scratch: int, block: int, block
             pixel += pixels
 
 
-@inlined
+@helper
 def _finish_band(
     job: Any, lanes: int, image: int, scratch: int, block: int, blocks: int, start: int, stop: int
 ) -> None:
-    """From popcounts to (base - 2 popcount) scale + bias, stored where the output wants it."""
-    vectors = blocks * lanes // 16
-    channel, pixels, sums, columns = (
-        block * lanes,
-        job.out_height * job.out_width,
-        scratch + job.sums_at,
-        scratch + job.columns_at,
-    )
-    channels, width, channels_last = job.out_channels, job.out_width, job.channels_last
+    """From popcounts to (base - 2 popcount) scale + bias: channels_last at once, else in place and then transposed."""
+    channel, step, sums = block * lanes, blocks * lanes * 4, scratch + job.sums_at
+    width, channels, columns = job.out_width, job.out_channels, scratch + job.columns_at
     scale, bias, base = job.scale + 4 * channel, job.bias + 4 * channel, job.base + 4 * channel
+    pixels = job.out_height * width
     out = job.out + 4 * image * pixels * channels
-    last_y, low, high = -1, 0, 0
-    for pixel in range(start, stop):
+    pixel = start
+    while pixel < stop:
         y, x = pixel // width, pixel % width
-        if y != last_y:
-            first, last = _kernel_rows(job, y)
-            low, high, last_y = base + first * job.base_row_size, base + last * job.base_row_size, y
-        column, source = get_word(columns, x), sums + (pixel - start) * vectors * 64
-        for v in range(vectors):
-            step = 64 * v
-            if channels_last:
-                target, count = out + 4 * (pixel * channels + channel + 16 * v), channels - channel - 16 * v
-            else:
-                target, count = source + step, 16
+        first, last = _kernel_rows(job, y)
+        column = get_word(columns, x)
+        end = min(pixel + width - x, stop)
+        same = pixel + 1
+        while same < end and get_word(columns, x + same - pixel) == column:
+            same += 1
+        low, high = base + first * job.base_row_size + column, base + last * job.base_row_size + column
+        for v in range(0, step, 64):
+            source, rest = sums + (pixel - start) * step + v, channels - channel - v // 4
+            target, target_step = source, step
+            if job.channels_last:
+                target, target_step = out + 4 * (pixel * channels + channel) + v, 4 * channels
+            count = same - pixel
             finish(
-                source + step,
-                low + column + step,
-                high + column + step,
-                scale + step,
-                bias + step,
-                target,
-                count,
-            )
-    if not channels_last:
-        for v in range(vectors):
-            first_channel = channel + 16 * v
-            for pixel in range(start, stop, 16):
-                transpose(
-                    sums + (pixel - start) * vectors * 64 + 64 * v, vectors * 64,
-                    out + 4 * (first_channel * pixels + pixel), pixels * 4,
-                    stop - pixel, channels - first_channel,
-                )  # fmt: skip
+                source, step, count, low + v, high + v, scale + v, bias + v,
+                target, target_step, rest if job.channels_last else 16,
+            )  # fmt: skip
+        pixel = same
+    if not job.channels_last:
+        _transpose_band(sums, step, out + 4 * channel * pixels, start, stop, pixels, channels - channel)
+
+
+@helper
+def _transpose_band(sums: int, step: int, out: int, start: int, stop: int, pixels: int, channels: int) -> None:
+    """Pixels start..stop, channels innermost, to as many planes as there are channels."""
+    for v in range(0, step, 64):
+        planes = out + v * pixels
+        for pixel in range(start, stop, 16):
+            source = sums + (pixel - start) * step + v
+            transpose(source, step, planes + 4 * pixel, pixels * 4, stop - pixel, channels - v // 4)
 
 
 @inlined

@@ -172,23 +172,24 @@ def put_half(builder: Builder, address: Value, index: Value, value: Value) -> No
 
 @emitted
 def finish(
-    builder: Builder,
-    sums: Value,
-    low: Value,
-    high: Value,
-    scale: Value,
-    bias: Value,
-    out: Value,
-    count: Value,
-) -> None:
-    """out = (high - low - 2 sums) scale + bias for 16 channels, of which the first `count` are stored as float32."""
+    builder: Builder, sums: Value, step: Value, pixels: Value, low: Value, high: Value, scale: Value, bias: Value,
+    out: Value, out_step: Value, channels: Value,
+) -> None:  # fmt: skip
+    """out = (high - low - 2 sums) scale + bias as float32, for some pixels of the same border class.
+
+    16 channels of a pixel are one vector, of which the first `channels` are stored; the pixels lie `step` and `out_step`
+    bytes apart.
+    """
     zero = I64(0)
     base = builder.sub(words_at(builder, high, zero), words_at(builder, low, zero))
-    whole = builder.sub(base, builder.shl(words_at(builder, sums, zero), lanes(1)))
     scales, biases = (builder.bitcast(words_at(builder, address, zero), FLOATS) for address in (scale, bias))
-    value = builder.fadd(builder.fmul(builder.sitofp(whole, FLOATS), scales), biases)
-    for full in full_and_tail(builder, count, LANES):
-        masked_store(builder, value, out, zero, None if full else first_lanes(builder, count), FLOAT)
+    for full in full_and_tail(builder, channels, LANES):
+        mask = None if full else first_lanes(builder, channels)
+        with cgutils.for_range(builder, pixels) as pixel:
+            count = words_at(builder, builder.add(sums, builder.mul(pixel.index, step)), zero)
+            whole = builder.sub(base, builder.shl(count, lanes(1)))
+            value = builder.fadd(builder.fmul(builder.sitofp(whole, FLOATS), scales), biases)
+            masked_store(builder, value, builder.add(out, builder.mul(pixel.index, out_step)), zero, mask, FLOAT)
 
 
 @emitted

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +13,8 @@ from quant.kernels.packing import memory_format, pack_activations, packed_channe
 from quant.kernels.weights import PackedWeight
 
 CACHED_WEIGHTS = 384 * 1024  # bytes of weights that pass over all images before the next ones
+MOST_THREADS = 1 << 20
+SMALL = 1 << 21  # bytes of weights that one thread reads sooner than a team starts
 BAND_PIXELS = 128  # whose raw sums lie in the first-level cache until they are finished
 
 
@@ -20,37 +23,45 @@ def _entry(path: Processor) -> int:
     return compiled(ENTRIES[path], JOB)
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _plan(
-    path: Processor, shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: tuple[int, int],
-    padding: tuple[int, int], out_channels: int, acts_last: bool, threads: int,
-) -> tuple[ConvJob, int]:  # fmt: skip
-    """The job but for its addresses, which are 0, and how many threads to share it among."""
+    path: Processor, shape: torch.Size, acts_last: bool, kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], out_channels: int, threads: int,
+) -> tuple[bytes, tuple[int, int, int, int], int, int]:  # fmt: skip
+    """The job but for its addresses, the shape of the output, the bytes of scratch, the threads to share them."""
     images, words, height, width = shape
     out_height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
     out_width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    if min(out_height, out_width) < 1:
+        raise ValueError(f"a kernel of {kernel} with padding {padding} does not fit on an image of {(height, width)}")
     tile = SHAPES[path]
     blocks = -(-out_channels // tile.lanes)
     block_size = kernel[0] * kernel[1] * words * tile.weight_word
-    # A part of the weights stays in the second-level cache while the images pass by; every thread gets some parts.
-    parts = max(-(-blocks * block_size // CACHED_WEIGHTS), min(-(-2 * threads // images), -(-blocks // tile.blocks)))
+    # A part of the weights stays in the second-level cache while all images pass by; every thread gets some parts.
+    if images * out_height * out_width * blocks * block_size < SMALL:
+        threads = 1
+    wanted = 1 if threads == 1 else min(-(-2 * threads // images), -(-blocks // tile.blocks))
+    parts = max(-(-blocks * block_size // CACHED_WEIGHTS), wanted)
     per_task = -(-blocks // (parts * tile.blocks)) * tile.blocks
+    tasks = images * -(-blocks // per_task)
+    threads = min(threads, tasks)
     band = max(BAND_PIXELS // out_width, 1) * out_width if out_width <= BAND_PIXELS else BAND_PIXELS
     columns_at = -(-height * (width + 2 * padding[1]) * words * tile.act_word // 64) * 64
     sums_at = columns_at + -(-out_width // 16) * 64
-    tasks = images * -(-blocks // per_task)
+    scratch_size = sums_at + (band + 16) * tile.blocks * tile.lanes * 4
+    border_classes = (min(padding[1], kernel[1]) + 1) ** 2
     job = ConvJob(
-        scratch_tickets=0, task_tickets=0, tasks=tasks, scratch=0,
-        scratch_size=sums_at + (band + 16) * tile.blocks * tile.lanes * 4, columns_at=columns_at, sums_at=sums_at,
-        acts=0, act_image_words=words * height * width, act_channel_words=1 if acts_last else height * width,
+        scratch_tickets=0, task_tickets=0, scratch=0, acts=0, weights=0, base=0, scale=0, bias=0, out=0,
+        channels_last=0, tasks=tasks, scratch_size=scratch_size, columns_at=columns_at, sums_at=sums_at,
+        act_image_words=words * height * width, act_channel_words=1 if acts_last else height * width,
         act_pixel_words=words if acts_last else 1, images=images, words=words, height=height, width=width,
-        weights=0, block_size=block_size, blocks=blocks, blocks_per_task=per_task,
+        block_size=block_size, blocks=blocks, blocks_per_task=per_task,
         kernel_height=kernel[0], kernel_width=kernel[1], stride_height=stride[0], stride_width=stride[1],
         padding_height=padding[0], padding_width=padding[1], out_height=out_height, out_width=out_width, band=band,
-        base=0, base_row_size=0, channels_padded=blocks * tile.lanes, scale=0, bias=0, out=0,
-        out_channels=out_channels, channels_last=0,
+        base_row_size=border_classes * blocks * tile.lanes * 4, channels_padded=blocks * tile.lanes,
+        out_channels=out_channels,
     )  # fmt: skip
-    return job, min(threads, tasks)
+    return np.array(job, np.int64).tobytes(), (images, out_channels, out_height, out_width), scratch_size, threads
 
 
 def binary_conv2d(
@@ -90,21 +101,15 @@ def conv2d_of_packed(
     acts_last = packed_channels_last(acts)
     last = acts_last if channels_last is None else channels_last
     steps = (stride, stride) if isinstance(stride, int) else stride
-    plan, threads = _plan(
-        weight.processor, tuple(acts.shape), weight.kernel_size, steps, weight.padding, weight.out_channels,
-        acts_last, threads_for(1 << 20),
+    plan, shape, scratch_size, threads = _plan(
+        weight.processor, acts.shape, acts_last, weight.kernel_size, steps, weight.padding, weight.out_channels,
+        threads_for(MOST_THREADS),
     )  # fmt: skip
-    out = torch.empty(
-        (plan.images, weight.out_channels, plan.out_height, plan.out_width), memory_format=memory_format(last)
-    )
-    scratch = torch.empty(threads * plan.scratch_size, dtype=torch.uint8)
+    out = torch.empty(shape, memory_format=memory_format(last))
+    scratch = torch.empty(threads * scratch_size, dtype=torch.uint8)
     scales, biases = _per_channel(scale, weight.ones), _per_channel(bias, weight.zeros)
-    job = plan._replace(
-        scratch=scratch.data_ptr(), acts=acts.data_ptr(), weights=weight.words.data_ptr(), base=weight.base.data_ptr(),
-        scale=scales.data_ptr(), bias=biases.data_ptr(), out=out.data_ptr(), channels_last=last,
-        base_row_size=weight.base[0].nbytes,
-    )  # fmt: skip
-    run(_entry(weight.processor), job, threads)
+    tensors = (scratch, acts, weight.words, weight.base, scales, biases, out)
+    run(_entry(weight.processor), plan, (0, 0, *[tensor.data_ptr() for tensor in tensors], last), threads)
     return out
 
 
@@ -112,8 +117,10 @@ def _per_channel(given: Tensor | None, default: Tensor) -> Tensor:
     """One float32 for each output channel, as many as the blocks have lanes."""
     if given is None:
         return default
-    flat = given.detach().reshape(-1).to(torch.float32)
-    return flat if flat.numel() == default.numel() else F.pad(flat, (0, default.numel() - flat.numel()))
+    if given.dtype != torch.float32 or not given.is_contiguous():
+        given = given.to(torch.float32).contiguous()
+    missing = default.numel() - given.numel()
+    return F.pad(given.reshape(-1), (0, missing)) if missing else given
 
 
 def binary_linear(

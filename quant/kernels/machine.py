@@ -67,9 +67,17 @@ def cache_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK) else None
 
 
-def inlined(function: Function) -> Function:
-    """A function that entry points are built from; LLVM inlines it."""
+def helper(function: Function) -> Function:
+    """A function that entry points call."""
     return cast(Function, numba.njit(function))
+
+
+def inlined(function: Function) -> Function:
+    """A helper that becomes part of its caller before LLVM sees it: for those with tiles, which LLVM compiles slowly.
+
+    (LLVM optimizes a plain helper on its own and again inside each of its callers; Numba's inlining costs time, too.)
+    """
+    return cast(Function, numba.njit(inline="always")(function))
 
 
 def compiled(function: Callable[[Any], None], job: np.dtype[Any]) -> Address:
@@ -117,9 +125,13 @@ def threads_for(tasks: int) -> int:
     return 1 if _forked or _team() is None else min(torch.get_num_threads(), tasks)
 
 
-def run(entry: Address, job: Sequence[int], threads: int) -> None:
-    """Run the entry point on the job; the threads draw their tasks from a counter in the job's scratch memory."""
-    record = (ctypes.c_int64 * len(job))(*job)
+def run(entry: Address, plan: bytes, now: Sequence[int], threads: int) -> None:
+    """Run the entry point on a job: a plan whose first numbers are replaced by `now`.
+
+    Two zeros lead them: counters in the threads' common record, from which they draw scratch memory and tasks.
+    """
+    record = (ctypes.c_int64 * (len(plan) // 8)).from_buffer_copy(plan)
+    record[: len(now)] = now
     if threads == 1:
         _alone(entry)(ctypes.addressof(record))
     else:

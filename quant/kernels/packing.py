@@ -38,12 +38,13 @@ SMALL = 1 << 15  # floats that one thread packs sooner than a team starts
 class PackJob(NamedTuple):
     """One pass over a tensor of floats and its bits. `second` is another tensor of bits, or of floats, or 0."""
 
+    unused: int
     tickets: int  # a counter that starts at 0: the next task
-    tasks: int
     floats: int
-    float_size: int
     bits: int
     second: int
+    tasks: int
+    float_size: int
     second_per_float: int  # bytes by which `second` moves with each float, or with each word
     second_per_word: int
     images: int
@@ -62,7 +63,7 @@ def _work(jobs: Any, on_span: Any, on_pixel: Any) -> None:
     records = carray(jobs, 1)
     job, tickets = records[0], records.ctypes.data
     parts = (job.pixels + PIXELS_PER_TASK - 1) // PIXELS_PER_TASK
-    task = ticket(tickets)
+    task = ticket(tickets + 8)
     while task < job.tasks:
         first = task % parts * PIXELS_PER_TASK
         last = min(first + PIXELS_PER_TASK, job.pixels)
@@ -70,7 +71,7 @@ def _work(jobs: Any, on_span: Any, on_pixel: Any) -> None:
             _pixels(job, on_pixel, task // parts, first, last)
         else:
             _spans(job, on_span, task // parts, first, last)
-        task = ticket(tickets)
+        task = ticket(tickets + 8)
 
 
 @inlined
@@ -129,26 +130,24 @@ def _entry(function: Callable[[Any], None]) -> int:
     return compiled(function, JOB)
 
 
-def _run(entry: Callable[[Any], None], floats: Tensor, last: bool, bits: Tensor, second: Tensor | None = None) -> None:
-    images, channels, height, width = floats.shape
+@functools.lru_cache(4096)
+def _plan(shape: torch.Size, channels_last: bool, dtype: torch.dtype, second: torch.dtype | None) -> tuple[bytes, int]:
+    """The job but for its addresses, and the number of its tasks."""
+    images, channels, height, width = shape
     pixels = height * width
-    tasks = images * -(-pixels // PIXELS_PER_TASK) * (1 if last else bits.shape[1])
+    tasks = images * -(-pixels // PIXELS_PER_TASK) * (1 if channels_last else -(-channels // 32))
     job = PackJob(
-        tickets=0,
-        tasks=tasks,
-        floats=floats.data_ptr(),
-        float_size=floats.element_size(),
-        bits=bits.data_ptr(),
-        second=0 if second is None else second.data_ptr(),
-        second_per_float=4 if second is not None and second.is_floating_point() else 0,
-        second_per_word=4 if second is not None and not second.is_floating_point() else 0,
-        images=images,
-        channels=channels,
-        pixels=pixels,
-        channels_last=last,
-        one=HALF_TYPES.get(floats.dtype, 0),
-    )
-    run(_entry(entry), job, threads_for(tasks) if floats.numel() > SMALL else 1)
+        unused=0, tickets=0, floats=0, bits=0, second=0, tasks=tasks, float_size=dtype.itemsize,
+        second_per_float=4 if second == torch.float32 else 0, second_per_word=4 if second == torch.int32 else 0,
+        images=images, channels=channels, pixels=pixels, channels_last=channels_last, one=HALF_TYPES.get(dtype, 0),
+    )  # fmt: skip
+    return np.array(job, np.int64).tobytes(), tasks if shape.numel() > SMALL else 1
+
+
+def _run(entry: Callable[[Any], None], floats: Tensor, last: bool, bits: Tensor, second: Tensor | None = None) -> None:
+    plan, tasks = _plan(floats.shape, last, floats.dtype, None if second is None else second.dtype)
+    now = (0, 0, floats.data_ptr(), bits.data_ptr(), 0 if second is None else second.data_ptr())
+    run(_entry(entry), plan, now, threads_for(tasks))
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -167,33 +166,35 @@ def packed_channels_last(packed: Tensor) -> bool:
     return packed.stride(1) == 1
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x in one of the two memory formats; ValueError for what the kernels do not take."""
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x in one of the two memory formats, and whether that is channels_last; ValueError for what the kernels do not take."""
     if x.dtype != torch.float32 or x.ndim != 4 or x.device.type != "cpu":
         raise ValueError(
             f"packed kernels take float32 (N, C, H, W) on the CPU, not {x.dtype} {tuple(x.shape)} on {x.device.type}"
         )
-    return x if is_channels_last(x) else x.contiguous()
+    last = is_channels_last(x)
+    return x if last else x.contiguous(), last
 
 
-def _bits_for(x: Tensor) -> Tensor:
-    shape = (x.shape[0], -(-x.shape[1] // 32), x.shape[2], x.shape[3])
-    return torch.empty(shape, dtype=torch.int32, memory_format=memory_format(is_channels_last(x)))
+def _bits_for(x: Tensor, channels_last: bool) -> Tensor:
+    images, channels, height, width = x.shape
+    shape = (images, -(-channels // 32), height, width)
+    return torch.empty(shape, dtype=torch.int32, memory_format=memory_format(channels_last))
 
 
 def pack_activations(x: Tensor) -> Tensor:
     """Signs of a float32 tensor (N, C, H, W): int32 (N, ceil(C / 32), H, W), a set bit for every x < 0."""
-    x = _dense(x)
-    signs = _bits_for(x)
-    _run(pack_signs_entry, x, is_channels_last(x), signs)
+    x, last = _dense(x)
+    signs = _bits_for(x, last)
+    _run(pack_signs_entry, x, last, signs)
     return signs
 
 
 def pack_with_mask(x: Tensor) -> tuple[Tensor, Tensor]:
     """Signs of x, and the mask |x| <= 1 (a set bit inside the window), from one read of x."""
-    x = _dense(x)
-    signs, inside = _bits_for(x), _bits_for(x)
-    _run(pack_both_entry, x, is_channels_last(x), signs, inside)
+    x, last = _dense(x)
+    signs, inside = _bits_for(x, last), _bits_for(x, last)
+    _run(pack_both_entry, x, last, signs, inside)
     return signs, inside
 
 
