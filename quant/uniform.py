@@ -1,0 +1,200 @@
+"""Uniform quantization between a minimum and a maximum (the GEMMLOWP scheme of arXiv 1805.11046 and 1712.05877).
+
+A grid has 2^bits equally spaced values. With an integer `code` in [-zero, 2^bits - 1 - zero]:
+
+    code = clamp(round((x - low) / step))        x_q = low + step * code        dL/dx = dL/dx_q (straight through)
+
+The gradient is the identity also where x lies outside the grid: ranges here are measured, so hardly anything does, and an
+activation above the mean range of its batch still learns. `zero_exact` chooses between two grids for the same range:
+
+    False   step = (max - min) / (2^bits - 1), low = min, zero = 0. The end points are exact; 0 generally is not on the grid.
+    True    low = 0 and `zero` an integer. Zero is exact: padding, ReLU zeros and masked gradients stay zero, and an integer
+            kernel needs no correction for them. Where 0 lies inside the range one of the 2^bits - 1 steps pays for it.
+
+Both cover the whole range, so stochastic rounding is unbiased on both: nothing is clipped.
+Half and bfloat16 tensors are measured and rounded in float32. Ranges stay tensors: nothing waits for the device.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from quant.functional import stochastic_round, straight_through
+
+
+class Grid(NamedTuple):
+    """x_q = low + step * code; stored codes are code + zero, 0 .. 2^bits - 1. Each broadcasts against the tensor."""
+
+    step: Tensor
+    zero: Tensor
+    low: Tensor
+
+
+def grid(low: Tensor, high: Tensor, bits: int, zero_exact: bool = True) -> Grid:
+    """The grid of 2^bits values that covers [low, high]; an empty range gives the smallest step, never a division by zero.
+
+    >>> [round(v, 4) for v in values(grid(torch.tensor(-1.0), torch.tensor(2.0), 2, zero_exact=False), 2)]
+    [-1.0, 0.0, 1.0, 2.0]
+    >>> [round(v, 4) for v in values(grid(torch.tensor(-1.0), torch.tensor(1.8), 3), 3)]
+    [-1.4, -0.9333, -0.4667, 0.0, 0.4667, 0.9333, 1.4, 1.8667]
+    """
+    wide = torch.promote_types(low.dtype, torch.float32)
+    low, high = low.to(wide), high.to(wide)
+    top, tiny = 2**bits - 1, torch.finfo(wide).tiny
+    if not zero_exact:
+        step = (high / top - low / top).clamp_min(tiny)
+        return Grid(step, torch.zeros_like(step), low)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    steps = top - ((low < 0) & (high > 0)).to(wide)
+    step = (high / steps - low / steps).clamp_min(tiny)
+    return Grid(step, torch.ceil(-low / step).clamp_max(top), torch.zeros_like(step))
+
+
+def values(grid: Grid, bits: int) -> list[float]:
+    """Every value of a grid with one step, from the smallest to the largest."""
+    return decode(torch.arange(2**bits, device=grid.step.device), grid).tolist()
+
+
+def round_to(x: Tensor, grid: Grid, bits: int, stochastic: bool = False) -> Tensor:
+    """x_q in the dtype of x, nearest (ties to even) or stochastically, where E[x_q] = x inside the grid. No gradient."""
+    code = _code(x, grid, bits, stochastic)
+    return code.mul_(grid.step).add_(grid.low).to(x.dtype)
+
+
+def encode(x: Tensor, grid: Grid, bits: int) -> Tensor:
+    """The stored codes of x, 0 .. 2^bits - 1: uint8 up to 8 bits, else int16 after subtracting 2^15."""
+    code = _code(x, grid, bits).add_(grid.zero)
+    return code.to(torch.uint8) if bits <= 8 else code.sub_(2**15).to(torch.int16)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """The values of stored codes, in the dtype of the step: bit for bit what `round_to` gave for float32 and float64.
+
+    >>> g = grid(torch.tensor(-1.0), torch.tensor(1.8), 8)
+    >>> x = torch.tensor([-1.0, 0.0, 0.3, 1.8])
+    >>> torch.equal(decode(encode(x, g, 8), g), round_to(x, g, 8))
+    True
+    """
+    code = codes.to(grid.step.dtype)
+    if codes.dtype == torch.int16:
+        code = code + 2**15
+    return (code - grid.zero) * grid.step + grid.low
+
+
+def _code(x: Tensor, grid: Grid, bits: int, stochastic: bool = False) -> Tensor:
+    scaled = x.to(grid.step.dtype).sub(grid.low).div_(grid.step)
+    rounded = stochastic_round(scaled) if stochastic else scaled.round_()
+    return rounded.clamp_(-grid.zero, 2**bits - 1 - grid.zero)
+
+
+def fake_quantize(x: Tensor, grid: Grid, bits: int) -> Tensor:
+    """The value of x on the grid, with the gradient of the identity (arXiv 1805.11046, section 4: no range mask).
+
+    >>> x = torch.tensor([-3.0, 0.1, 0.6], requires_grad=True)
+    >>> y = fake_quantize(x, grid(torch.tensor(0.0), torch.tensor(3.0), 2), 2)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([0.0, 0.0, 1.0], [1.0, 1.0, 1.0])
+    """
+    return straight_through(x, round_to(x.detach(), grid, bits))
+
+
+def span(x: Tensor, bits: int, zero_exact: bool = True) -> Grid:
+    """The grid of a whole tensor, between its minimum and its maximum."""
+    x = x.detach()
+    return grid(x.amin(), x.amax(), bits, zero_exact)
+
+
+def row_limits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of every x[i], kept broadcastable: of a weight (O, ...) those of each output filter."""
+    dims = tuple(range(1, x.dim()))
+    x = x.detach()
+    return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+
+def mean_sample_limits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of every sample of a batch (B, ...), averaged over the batch: an outlier moves them by 1/B only."""
+    low, high = row_limits(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return low.mean(dtype=wide), high.mean(dtype=wide)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a matrix product keeps of an input that lies on a grid: its integer codes (a `quant.matmul.Codec`)."""
+
+    grid: Grid
+    bits: int
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return encode(x, self.grid, self.bits), *self.grid
+
+    def decode(self, *saved: Tensor) -> Tensor:
+        codes, *parts = saved
+        return decode(codes, Grid(*parts))
+
+
+@dataclass(frozen=True)
+class GradientRounding:
+    """Rounds a gradient between its own minimum and maximum over the whole tensor (arXiv 1805.11046, section 4.2).
+
+    Stochastically by default, from torch's generator: E[result] = g, so the noise averages out over steps and elements.
+    """
+
+    bits: int
+    zero_exact: bool = True
+    stochastic: bool = True
+
+    def __call__(self, g: Tensor) -> Tensor:
+        return round_to(g, span(g, self.bits, self.zero_exact), self.bits, self.stochastic)
+
+
+class RunningRange(nn.Module):
+    """The grid of an activation: measured on the batch while training, from running ranges in eval.
+
+    Running ranges follow torch's convention, run = (1 - momentum) * run + momentum * new, and begin as the plain mean of
+    the first 1 / momentum batches instead of at zero. In eval before any batch was seen, the batch itself is measured.
+    """
+
+    low: Tensor
+    high: Tensor
+    batches: Tensor
+
+    def __init__(self, bits: int, momentum: float, zero_exact: bool, like: Tensor | None = None) -> None:
+        super().__init__()
+        self.bits, self.momentum, self.zero_exact = bits, momentum, zero_exact
+        for name in ("low", "high"):
+            self.register_buffer(name, torch.zeros(()) if like is None else like.detach().new_zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=self.low.device))
+
+    def forward(self, x: Tensor) -> Grid:
+        low, high = mean_sample_limits(x)
+        if self.training:
+            self._remember(low, high)
+        else:
+            seen = self.batches > 0
+            low, high = (
+                torch.where(seen, self.low.to(low.dtype), low),
+                torch.where(seen, self.high.to(high.dtype), high),
+            )
+        return grid(low, high, self.bits, self.zero_exact)
+
+    def calibrate_(self, x: Tensor) -> None:
+        """Begin anew with the ranges of x."""
+        self.batches.zero_()
+        self._remember(*mean_sample_limits(x))
+
+    def health(self, x: Tensor) -> dict[str, float]:
+        """`clip_ratio`: the share of x outside the mean range of its samples. `step_size`: the step of that range."""
+        low, high = mean_sample_limits(x)
+        outside = ((x < low) | (x > high)).float().mean()
+        return {"clip_ratio": outside.item(), "step_size": grid(low, high, self.bits, self.zero_exact).step.item()}
+
+    def _remember(self, low: Tensor, high: Tensor) -> None:
+        with torch.no_grad():
+            share = (1 / (self.batches + 1)).clamp_min(self.momentum).to(self.low.dtype)
+            self.low.lerp_(low.to(self.low.dtype), share)
+            self.high.lerp_(high.to(self.high.dtype), share)
+            self.batches.add_(1)
