@@ -13,8 +13,8 @@ import torch
 from annotated_types import Gt, Interval
 from torch import Tensor, nn
 
-from quant import matmul
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
+from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.learned_step import GradScale, Init, Param, Range, Ste, StepCodes, StepQuantizer, StepSettings
 
 WeightRange = Literal["full", "symmetric"]
@@ -57,27 +57,27 @@ PRESETS: dict[Preset, Switches] = {
 # ---- layers -------------------------------------------------------------------------------------------------------------
 
 
-class _Matrix(QuantizedLayer, nn.Module):
+class _Learned(QuantizedLayer, Matrix):
     """What the two matrix layers share. `act_quantizer` is None where activations are quantized behind the ReLUs."""
 
     no_decay = ("weight_quantizer.step", "act_quantizer.step", "act_quantizer.offset")
-    weight: Tensor
-    bias: Tensor | None
+    settings: "Lsq"
     weight_quantizer: StepQuantizer
     act_quantizer: StepQuantizer | None
 
-    def _prepare(self, old: nn.Conv2d | nn.Linear, settings: "Lsq") -> None:
-        self.weight, self.bias = old.weight, old.bias
+    def prepare(self) -> None:
+        settings, w = self.settings, self.weight
         channels = settings.switches.weight_steps == "channel"
-        shape = (len(old.weight), *[1] * (old.weight.dim() - 1)) if channels else (1,)
-        self.weight_quantizer = StepQuantizer(settings.for_weights(), shape, old.weight)
-        self.weight_quantizer.calibrate_(old.weight)
+        shape = (len(w), *[1] * (w.dim() - 1)) if channels else (1,)
+        self.weight_quantizer = StepQuantizer(settings.for_weights(), shape, w)
+        self.weight_quantizer.calibrate_(w)
         inside = settings.switches.placement == "layer_input"
-        self.act_quantizer = StepQuantizer(settings.for_activations(), (1,), old.weight) if inside else None
+        self.act_quantizer = StepQuantizer(settings.for_activations(), (1,), w) if inside else None
         self.precision = Precision(weight=settings.weight_bits, act=settings.act_bits if inside else FLOAT)
 
-    def _quantized_weight(self) -> Tensor:
-        return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor) -> Tensor:
+        x, codec = self._quantized_input(x)
+        return self.product(x, self.weight_quantizer(self.weight), self.bias, codec)
 
     def _quantized_input(self, x: Tensor) -> tuple[Tensor, StepCodes | None]:
         """x_q, and how to remember it."""
@@ -106,36 +106,12 @@ class _Matrix(QuantizedLayer, nn.Module):
         }
 
 
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]
-
-
-class LsqConv2d(_Matrix, nn.Conv2d):
+class LsqConv2d(_Learned, Conv2d):
     """y = conv(x_q, w_q) + b.   x (B, C, H, W) -> (B, O, H', W')"""
 
-    def __init__(self, old: nn.Conv2d, settings: "Lsq") -> None:
-        shape = matmul.Conv.of(old)
-        kernel, stride, padding, dilation = map(_pair, (old.kernel_size, shape.stride, shape.padding, shape.dilation))
-        channels = old.in_channels, old.out_channels
-        super().__init__(*channels, kernel, stride, padding, dilation, old.groups, device="meta")
-        self._prepare(old, settings)
-        self.shape = shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, codec = self._quantized_input(x)
-        return matmul.conv2d(x, self._quantized_weight(), self.bias, self.shape, codec)
-
-
-class LsqLinear(_Matrix, nn.Linear):  # type: ignore[misc]  # torch declares Linear.bias as never None
+class LsqLinear(_Learned, Linear):
     """y = x_q w_q^T + b.   x (..., C) -> (..., O)"""
-
-    def __init__(self, old: nn.Linear, settings: "Lsq") -> None:
-        super().__init__(old.in_features, old.out_features, device="meta")
-        self._prepare(old, settings)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, codec = self._quantized_input(x)
-        return matmul.linear(x, self._quantized_weight(), self.bias, codec)
 
 
 class LsqActivation(QuantizedLayer, nn.Module):
@@ -234,8 +210,6 @@ class Lsq(Quantizer):
         )
 
     def layer(self, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, nn.Conv2d):
-            return LsqConv2d(module, self)
-        if isinstance(module, nn.Linear):
-            return LsqLinear(module, self)
-        return LsqActivation(module, self) if self.switches.placement == "post_act" else None
+        if isinstance(module, ACTIVATIONS):
+            return LsqActivation(module, self) if self.switches.placement == "post_act" else None
+        return rewrite(module, self, LsqConv2d, LsqLinear)

@@ -228,7 +228,7 @@ class RoundingMargin(Regularizer):
     >>> from quant.base import find
     >>> model = find("lsq")().layer(nn.Linear(8, 4))
     >>> penalty = RoundingMargin(margin=0.5, weight=2.0).attach(model)
-    >>> _ = model(torch.rand(16, 8, requires_grad=True)); float(penalty.value()) > 0, float(penalty.value())
+    >>> _ = model(torch.rand(16, 8, requires_grad=True)); penalty.value().item() > 0, penalty.value().item()
     (True, 0.0)
     """
 

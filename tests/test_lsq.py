@@ -494,7 +494,7 @@ def test_weight_codes_and_state() -> None:
     assert codes.dtype == torch.int8
     assert -4 <= codes.min() < codes.max() <= 3
     step = model[3].weight_quantizer.step
-    assert torch.allclose(codes * step, model[3]._quantized_weight())
+    assert torch.allclose(codes * step, model[3].weight_quantizer(model[3].weight))
     other = net(weight_bits=3)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(IMAGES), model.eval()(IMAGES))
