@@ -190,9 +190,16 @@ def _merged_phases(spans: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
         merged[f"left_{name}"] = runs[f"left_{name}"].first()
         merged[f"right_{name}"] = runs[f"right_{name}"].last()
     first = next(iter(axes), None)
-    return merged.assign(
-        left=merged[f"left_{first}"] if first else 0.0, right=merged[f"right_{first}"] if first else 0.0
-    )
+    if first is None:
+        return merged.iloc[:0]
+    left, right = merged[f"left_{first}"], merged[f"right_{first}"]
+    return merged.assign(left=left, right=right, label=_phase_labels(merged["phase"], (right - left) / right.max()))
+
+
+def _phase_labels(phases: "pd.Series[str]", shares: "pd.Series[float]") -> list[str]:
+    """What stands beside each phase: its number, or its name where the phase is wide enough for one."""
+    labels = [f"phase {phase}" if index == 0 else phase[:16] for index, phase in enumerate(phases)]
+    return [label if share >= 0.011 * len(label) else "" for label, share in zip(labels, shares, strict=True)]
 
 
 def _best_point(points: pd.DataFrame) -> ColumnDataSource | None:

@@ -124,9 +124,9 @@ def _named(run: Run, group: str) -> str:
 
 
 def _problems(run: Run) -> str:
-    """What is wrong with the run or its folder; summary.json is not expected before the end."""
+    """What is wrong with the run or its folder; summary.json is expected of a finished run only."""
     problems = [str(run.status["reason"])] if run.status.get("reason") else []
-    problems += [p for p in run.problems if run.state != "running" or p != "summary.json is missing"]
+    problems += [p for p in run.problems if run.state in ("done", "unknown") or p != "summary.json is missing"]
     if not problems:
         return ""
     items = "".join(f"<li>{text(problem)}</li>" for problem in problems)
@@ -165,7 +165,7 @@ def _card(label: str, figure: tuple[str, str], note: str) -> str:
     units = f' <span class="unit">{text(unit)}</span>' if unit else ""
     return (
         f'<div><dt>{text(label)}</dt><dd class="figure">{text(value)}{units}</dd>'
-        f'<dd class="note">{text(note if known else "not measured yet")}</dd></div>'
+        f'<dd class="note">{text(note if known else "not measured")}</dd></div>'
     )
 
 
@@ -234,8 +234,8 @@ def _config(run: Run, defaults: dict[str, object] | None) -> str:
     config = flatten(run.config)
     columns = (
         Column("key", "key", numeric=False),
-        Column("value", "value", numeric=False),
-        Column("default", "default", numeric=False),
+        Column("value", "value", numeric=False, wide=True),
+        Column("default", "default", numeric=False, wide=True),
     )
     rows: list[dict[str, object]] = [{"key": key, "value": _shown(value)} for key, value in config.items()]
     everything = table(columns[:2], rows, f"All {len(rows)} keys, as in config.yaml", tall=True)

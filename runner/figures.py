@@ -17,7 +17,6 @@ from bokeh.core.properties import value
 from bokeh.document import Document
 from bokeh.models import (
     BasicTicker,
-    BasicTickFormatter,
     BoxZoomTool,
     CDSView,
     ColorMapper,
@@ -25,9 +24,9 @@ from bokeh.models import (
     CrosshairTool,
     DataRange1d,
     FactorRange,
+    FixedTicker,
     HoverTool,
     IndexFilter,
-    InlineStyleSheet,
     LinearAxis,
     LinearColorMapper,
     LogColorMapper,
@@ -43,10 +42,6 @@ from runner.page import embedded_json, text
 
 MARKERS_PER_CURVE = 12
 MOST_CELLS = 20_000
-TOOLTIP = """
-.bk-Tooltip { --background-color: #1c222b; --color: #f2f4f7; --divider-color: #596371; --icon-color: #1c222b;
-  --tooltip-arrow-color: #596371; font: 13px/1.45 system-ui, sans-serif; border-radius: 6px; padding: 6px 9px; }
-"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class Sheet:
     ) -> str:
         """Add a map of layer x time whose colour is `column`; returns its HTML."""
         plot = self._plot(FactorRange(factors=list(reversed(layers)), range_padding=0), logarithmic=False)
-        mapper = _colours(source.data[column])
+        mapper, landmarks = _colours(source.data[column])
         cells = plot.hbar(
             y="row", left="left", right="right", height=1, source=source, line_width=1,
             fill_color={"field": column, "transform": mapper}, line_color={"field": column, "transform": mapper},
@@ -129,7 +124,8 @@ class Sheet:
         plot.add_tools(HoverTool(renderers=[cells], tooltips=tips, formatters={f"@{column}": "printf"}))
         bar = ColorBar(
             color_mapper=mapper, height=10, padding=4, background_fill_alpha=0, bar_line_alpha=0,
-            formatter=BasicTickFormatter(precision=3), major_label_text_font_size="12px", margin=0,
+            ticker=FixedTicker(ticks=landmarks), formatter=NumeralTickFormatter(format="0.[0000000]a"),
+            major_tick_line_alpha=0, major_label_text_font_size="12px", margin=0,
         )  # fmt: skip
         plot.add_layout(bar, "above")
         plot.ygrid.visible = False
@@ -139,7 +135,7 @@ class Sheet:
 
     def embed(self) -> str:
         """The document and what page.js needs to know, ready to stand inside a script element."""
-        axes = {name: {"label": axis.label, "end": [0, axis.end * 1.02 or 1]} for name, axis in self.axes.items()}
+        axes = {name: {"label": axis.label, "end": [0, axis.end * 1.03 or 1]} for name, axis in self.axes.items()}
         document = serialize_json(self.document.to_json(deferred=False))
         return embedded_json(
             f'{{"axes": {json.dumps(axes)}, "hosts": {json.dumps(self.hosts)}, "document": {document}}}'
@@ -151,7 +147,6 @@ class Sheet:
             sizing_mode="stretch_both", toolbar_location=None, tools="", window_axis="x", min_border_right=14,
             background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0, min_border_left=56, lod_threshold=None,
         )  # fmt: skip
-        plot.stylesheets = [InlineStyleSheet(css=TOOLTIP)]
         zoom = BoxZoomTool(dimensions="width")
         plot.add_tools(zoom, CrosshairTool(overlay=self.crosshair))
         plot.toolbar.active_drag = zoom
@@ -284,13 +279,15 @@ def _spans_decades(values: object) -> bool:
     return bool(array.size and array.min() > 0 and array.max() / array.min() >= 50)
 
 
-def _colours(values: object) -> ColorMapper:
+def _colours(values: object) -> tuple[ColorMapper, list[float]]:
+    """A scale that covers the values, logarithmic where it has to be, and four round values along it."""
     array = _finite(values)
     low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 1.0)
     if low == high:
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
-    scale = LogColorMapper if _spans_decades(array) else LinearColorMapper
-    return scale(palette="Viridis256", low=low, high=high, nan_color="#80808040")
+    scale, space = (LogColorMapper, np.geomspace) if _spans_decades(array) else (LinearColorMapper, np.linspace)
+    landmarks = sorted({float(f"{value:.2g}") for value in space(low, high, 6)[1:-1]})
+    return scale(palette="Viridis256", low=low, high=high, nan_color="#80808040"), landmarks
 
 
 def short_labels(names: Sequence[str], longest: int = 18) -> dict[str, str]:

@@ -7,8 +7,20 @@
   const models = (type) => [...figures.all_models].filter((model) => model.type === type);
   const all = (selector) => [...document.querySelectorAll(selector)];
 
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const paper = new CSSStyleSheet();
+  document.adoptedStyleSheets = [paper];
+
+  // Charts cannot be drawn anew while the browser prints: the page takes the width they have, the printer scales.
+  function pageAsWideAsTheScreen() {
+    const width = Math.max(innerWidth, 640) + 96;
+    return `@page { size: ${width}px ${Math.round(width * 1.414)}px; margin: 48px; }`;
+  }
+
   // Bokeh draws on a canvas, so the colours of the style sheet have to be copied into its models.
   function paint() {
+    if (matchMedia("print").matches) return;
+    document.documentElement.dataset.painted = dark.matches ? "dark" : "light";
     const css = getComputedStyle(document.documentElement);
     const colour = (name) => css.getPropertyValue(`--${name}`).trim();
     for (const axis of [...models("LinearAxis"), ...models("LogAxis"), ...models("CategoricalAxis")]) {
@@ -107,9 +119,8 @@
     for (const button of all("[data-copy]")) button.addEventListener("click", () => copy(button));
     for (const select of all("select[data-figures]")) select.addEventListener("change", () => chooseFigure(select));
     for (const plot of all(".plot")) plot.addEventListener("dblclick", () => move("reset"));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
-    addEventListener("beforeprint", () => { document.documentElement.dataset.printing = ""; paint(); });
-    addEventListener("afterprint", () => { delete document.documentElement.dataset.printing; paint(); });
+    dark.addEventListener("change", paint);
+    addEventListener("beforeprint", () => paper.replaceSync(pageAsWideAsTheScreen()));
   }
 
   async function start() {

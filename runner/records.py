@@ -34,6 +34,11 @@ LAYERS = ("layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "p
 QUANT = ("epoch", "layer", "clip_ratio", "step_size", "flip_rate", "code_entropy", "grad_norm")
 LARGEST_FILE = 256 * 2**20
 DEEPEST_FOLDER = 8
+DEEPEST_YAML = 50
+OPENING = (
+    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
+)  # fmt: skip
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 @dataclass
@@ -146,11 +151,17 @@ def _mapping(path: Path, parse: Callable[[str], object], problems: list[str]) ->
     return {str(key): item for key, item in value.items()}
 
 
-def _load_yaml(text: str) -> object:
-    """YAML without aliases: a few lines of them can expand to more than the memory holds."""
-    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-        raise ValueError("aliases are not accepted")
-    return yaml.safe_load(text)
+def _load_yaml(content: str) -> object:
+    """YAML without what a config never has and a reader pays dearly for: aliases (a few lines of them can
+    expand to more than the memory holds) and nesting without end."""
+    depth = 0
+    for token in yaml.scan(content):
+        if isinstance(token, yaml.AliasToken):
+            raise ValueError("aliases are not accepted")
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if depth > DEEPEST_YAML:
+            raise ValueError(f"nested deeper than {DEEPEST_YAML} levels")
+    return yaml.safe_load(content)
 
 
 def _first_line(error: BaseException) -> str:
@@ -194,10 +205,12 @@ def _whole_rows(name: str, header: list[str], rows: list[list[str]], problems: l
 def _typed(rows: list[dict[str, str]], columns: list[str]) -> "pd.DataFrame":
     import pandas as pd
 
-    table = pd.DataFrame(rows, columns=columns, dtype=object)
-    for column in columns:
-        if column in TEXT_COLUMNS:
-            table[column] = table[column].fillna("").astype(str)
-        else:
-            table[column] = pd.to_numeric(table[column], errors="coerce").astype("float64")
-    return table
+    values = {column: [row.get(column, "") for row in rows] for column in columns}
+    return pd.DataFrame(
+        {
+            column: pd.Series(cells, dtype="str")
+            if column in TEXT_COLUMNS
+            else pd.to_numeric(pd.Series(cells, dtype="object"), errors="coerce").astype("float64")
+            for column, cells in values.items()
+        }
+    )

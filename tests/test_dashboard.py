@@ -1,0 +1,325 @@
+"""The page of a run: whole, self-contained, readable, and deaf to whatever a run's strings try to make it do."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from browser import CHROMIUM, Browser
+from run_samples import LENET, make_run
+
+from runner.dashboard import write_dashboard, write_timeline
+from runner.faults import StorageError
+from runner.figures import short_labels
+from runner.page import amount, duration, embedded_json, size, write_page
+
+HOSTILE = (
+    '</script><img src=//x.example/i onerror="window.hit=1"><script>window.hit=1</script>\'"&{{7*7}}$$x^2$$\u2028=1'
+)
+LARGEST = 3_000_000
+OUR_TAGS = set(
+    "html head meta title link style body header main footer h1 h2 h3 p span strong ul li dl div dt dd fieldset legend "
+    "label input button figure figcaption svg path circle rect details summary table caption thead tbody tr th td "
+    "select option section pre code noscript script".split()
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements with their attributes, its texts, its scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dashboard(make_run(tmp_path_factory.mktemp("runs") / "whole"))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("runs") / "hostile", epochs=6, layers=LENET, drops=(3,), words=HOSTILE)
+    return write_dashboard(folder, defaults={"seed": 1, HOSTILE: HOSTILE})
+
+
+def test_the_page_says_what_the_run_reached_and_cost(whole: Path) -> None:
+    summary = json.loads((whole.parent / "summary.json").read_text())
+    text = Page(whole).text
+    assert f"Best validation accuracy {summary['best_val_top1']:.2f} %" in text
+    assert f"Test accuracy {summary['test_top1']:.2f} % top-5 99.31 %, best checkpoint" in text
+    assert "Speed 1,443 images/s" in text
+    assert "Peak memory 1.32 GiB" in text
+    assert "Saved for backward 1.37 MiB per sample" in text
+    assert "Packed size 1.46 MiB 29.2 times smaller than 42.7 MiB in float; 11.2 M parameters" in text
+    assert "MACs per image 555 M 1.78 M float, 554 M binary" in text
+    assert "python -m runner model=resnet18 'name=a b'" in text
+
+
+def test_the_page_needs_nothing_else(whole: Path) -> None:
+    page = Page(whole)
+    assert whole.stat().st_size < LARGEST
+    references = [value for _, attributes in page.elements for key, value in attributes.items()
+                  if key in ("src", "href", "srcset", "action", "data", "poster")]  # fmt: skip
+    assert references == ["data:,"]
+    style = whole.read_text().split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_only_the_scripts_it_was_written_with_may_run(hostile: Path) -> None:
+    page = Page(hostile)
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    data, *scripts = page.scripts
+    assert len(scripts) == 2
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert "unsafe-eval" not in policy
+    assert set(json.loads(data)) == {"axes", "hosts", "document"}
+
+
+def test_strings_of_a_run_are_text_wherever_they_appear(hostile: Path) -> None:
+    page = Page(hostile)
+    assert {tag for tag, _ in page.elements} <= OUR_TAGS
+    assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
+    shown = "".join(page.texts).count(HOSTILE)
+    assert shown > 30, "title, state, layers, config, command and environment all show the string"
+    assert page.texts[page.texts.index(HOSTILE)] == HOSTILE
+
+
+def test_screen_readers_get_names_and_tables(whole: Path) -> None:
+    page = Page(whole)
+    plots = [attributes for attributes in page.all("div") if attributes.get("class") == "plot"]
+    assert len(plots) == 10
+    assert all(plot["role"] == "img" and len(plot["aria-label"]) > 40 for plot in plots)
+    assert len(page.all("caption")) == len(page.all("table")) >= 4
+    assert all(head.get("scope") in ("col", "row") for head in page.all("th"))
+    assert "train loss from" not in page.text
+    assert "All values are in the table" in plots[0]["aria-label"]
+    rows = page.text.split("Every epoch, as in metrics.csv")[1].split("Clipped values")[0]
+    last = (whole.parent / "metrics.csv").read_text().splitlines()[-1].split(",")
+    assert f"{float(last[9]):.6g}" in rows
+
+
+def test_config_keys_that_differ_from_the_defaults_come_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=2, layers=LENET, drops=())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "0 of 19 keys differ" in Page(write_dashboard(folder, defaults=config)).text
+    config["trainer"]["epochs"] = 100
+    del config["seed"]
+    (folder / "defaults.json").write_text(json.dumps(config))
+    text = Page(write_dashboard(folder)).text
+    assert "2 of 19 keys differ from the defaults key value default trainer.epochs 2 100 seed 0 —" in text
+
+
+@pytest.mark.parametrize("missing", ["metrics.csv", "timing.csv", "layers.csv", "quant.csv", "config.yaml"])
+def test_a_page_is_drawn_from_whatever_is_there(tmp_path: Path, missing: str) -> None:
+    folder = make_run(tmp_path / "run", epochs=3, layers=LENET, drops=(1,))
+    (folder / missing).unlink()
+    text = Page(write_dashboard(folder)).text
+    assert (f"{missing} is missing" in text) == (missing != "quant.csv")
+    assert "Best validation accuracy" in text
+
+
+def test_a_folder_of_rubbish_gets_a_page_that_says_so(tmp_path: Path) -> None:
+    for name in ("metrics.csv", "timing.csv", "layers.csv", "quant.csv", "config.yaml", "summary.json", "status.json"):
+        (tmp_path / name).write_bytes(b"\xff\xfe,\0\n" * 3)
+    text = Page(write_dashboard(tmp_path)).text
+    assert "No epoch has ended yet" in text
+    assert "summary.json cannot be read" in text
+
+
+def test_values_no_axis_can_show_and_odd_shapes_of_summaries(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=3, layers=LENET, drops=())
+    path = folder / "metrics.csv"
+    path.write_text(re.sub(r"(?m)^(2,.*,).*(,.*,.*,.*)$", r"\1inf\2", path.read_text()).replace("0.1,", "-inf,"))
+    summary = json.loads((folder / "summary.json").read_text())
+    odd = {"macs": [1], "environment": "here", "command": "one line", "packed_bytes": True, "best_val_top1": 10**400}
+    (folder / "summary.json").write_text(json.dumps(summary | odd | {"model": {"name": "x"}}))
+    text = Page(write_dashboard(folder)).text
+    assert "Packed size — not measured" in text
+    assert "one line" in text
+
+
+def test_a_run_that_goes_on_shows_what_it_has_so_far(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1, layers=LENET, drops=(), state="running")
+    text = Page(write_dashboard(folder)).text
+    assert "Best validation accuracy" in text
+    assert "running" in text
+    assert "summary.json" not in text
+
+
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    page = write_dashboard(make_run(tmp_path / "run", epochs=4_000, layers=LENET, drops=(1_000, 3_000)))
+    assert page.stat().st_size < LARGEST
+    assert "500 of 4000 epochs" in Page(page).text
+
+
+def test_a_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "dashboard.html"
+    path.write_text("old")
+
+    def full_disk(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.write", full_disk)
+        with pytest.raises(StorageError, match="No space left"):
+            write_page(path, "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dashboard.html"]
+    assert path.read_text() == "old"
+    assert write_page(path, "new \ud800").read_text() == "new ?"
+
+
+def test_a_link_in_place_of_the_page_is_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1, layers=LENET, drops=())
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / "dashboard.html").symlink_to(victim)
+    with pytest.raises(StorageError, match="symbolic link"):
+        write_dashboard(folder)
+    assert victim.read_text() == "precious"
+
+
+def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"epoch": epoch, "step": epoch * 100, "phase": int(epoch > 3), "optimizer": HOSTILE, "lr": 0.1 * 0.5**epoch,
+         "momentum": None, "weight_decay": 1e-4, "batch_size": 64, "input_size": 32}
+        for epoch in range(10)
+    ]  # fmt: skip
+    page = Page(write_timeline(rows, tmp_path / "timeline.html", HOSTILE))
+    assert [div["id"] for div in page.all("div") if div.get("class") == "plot"] == [
+        "plot-lr", "plot-weight_decay", "plot-batch_size", "plot-input_size"]  # fmt: skip
+    assert {tag for tag, _ in page.elements} <= OUR_TAGS
+    assert HOSTILE in page.texts
+    assert Page(write_timeline([], tmp_path / "empty.html", "nothing")).all("figure") == []
+
+
+def test_numbers_come_with_units() -> None:
+    assert [amount(value) for value in (0, 999, 12_345, 2.5e6, 3e9, float("nan"), "x", True)] == [
+        ("0", ""), ("999", ""), ("12.3", "k"), ("2.5", "M"), ("3", "G"), ("—", ""), ("—", ""), ("—", "")]  # fmt: skip
+    assert [size(value) for value in (0, 1023, 1024, 5 * 2**30, 2**60)] == [
+        ("0", "B"), ("1,023", "B"), ("1", "KiB"), ("5", "GiB"), ("1,048,576", "TiB")]  # fmt: skip
+    assert [duration(value) for value in (0, 119, 3600, 100_000, 400_000)] == [
+        ("0", "s"), ("119", "s"), ("60", "min"), ("27 h 47", "min"), ("4 d 15", "h")]  # fmt: skip
+
+
+def test_labels_stay_different_when_cut() -> None:
+    labels = short_labels([f"features.{i}.a.very.long.common.name" for i in range(3)], 10)
+    assert len(set(labels.values())) == 3
+
+
+def test_embedded_json_cannot_end_its_script() -> None:
+    embedded = embedded_json({"a": "</script><!--&"})
+    assert not set("<>&") & set(embedded)
+    assert json.loads(embedded) == {"a": "</script><!--&"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    instance = Browser()
+    yield instance
+    instance.close()
+
+
+MODELS = "[...Bokeh.documents[0].all_models]"
+RANGE = f"(({{start, end}}) => [start, end])({MODELS}.find(m => m.name === 'x' && m.type === 'Range1d'))"
+LABELS = f"{MODELS}.filter(m => m.name === 'x' && m.type === 'LinearAxis').map(m => m.axis_label)"
+MUTED = f"{MODELS}.filter(m => (m.tags ?? [])[1] === 'loss:train_loss').map(m => m.muted)"
+INK = f"{MODELS}.find(m => m.type === 'LinearAxis').major_label_text_color"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 2560])
+def test_in_a_browser_it_opens_without_a_request_or_a_complaint(
+    browser: Browser, whole: Path, scheme: str, width: int
+) -> None:
+    browser.open(whole, scheme=scheme, width=width)
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    colours = browser.ask("[getComputedStyle(document.body).backgroundColor, " + INK + "]")
+    assert colours == {"light": ["rgb(244, 245, 247)", "#555d68"], "dark": ["rgb(15, 18, 22)", "#a3acb8"]}[scheme]
+    assert browser.requests() == [whole.as_uri()]
+    assert browser.complaints() == []
+
+
+def test_in_a_browser_the_controls_do_what_they_say(browser: Browser, whole: Path) -> None:
+    browser.open(whole)
+    assert browser.ask(RANGE) == [0, pytest.approx(120 * 1.03)]
+    browser.ask("document.querySelector('input[value=step]').click()")
+    steps = int((whole.parent / "metrics.csv").read_text().splitlines()[-1].split(",")[1])
+    assert browser.ask(RANGE) == [0, pytest.approx(steps * 1.03)]
+    assert set(browser.ask(LABELS)) == {"optimizer steps"}
+    browser.ask("document.querySelector('[data-move=closer]').click()")
+    start, end = browser.ask(RANGE)
+    assert end - start == pytest.approx(steps * 1.03 / 2)
+    browser.ask("document.querySelector('[data-move=reset]').click()")
+    assert browser.ask(RANGE)[0] == 0
+    assert set(browser.ask(MUTED)) == {False}
+    browser.ask("document.querySelector('[data-series=\"loss:train_loss\"]').click()")
+    assert set(browser.ask(MUTED)) == {True}
+    browser.ask(
+        "document.querySelector('select').selectedIndex = 1; document.querySelector('select').dispatchEvent(new Event('change'))"
+    )
+    assert browser.ask("[...document.querySelectorAll('.heat figure')].map(f => f.hidden)") == [True, False, True, True]
+    column = "[...document.querySelectorAll('table')].find(t => t.caption.textContent.includes('layers;'))"
+    browser.ask(f"{column}.tHead.rows[0].cells[6].querySelector('button').click()")
+    parameters = browser.ask(f"[...{column}.tBodies[0].rows].map(r => Number(r.cells[6].dataset.sort))")
+    assert parameters == sorted(parameters)
+    assert browser.complaints() == []
+
+
+def test_in_a_browser_hostile_strings_do_nothing(browser: Browser, hostile: Path) -> None:
+    browser.open(hostile)
+    browser.ask("document.getElementById('plot-loss').scrollIntoView({block: 'center'})")
+    box = browser.ask("document.getElementById('plot-loss').getBoundingClientRect().toJSON()")
+    middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", **middle)
+    browser.wait_for("document.querySelector('.bk-Tooltip')?.shadowRoot.textContent.includes('window.hit')")
+    assert browser.ask("window.hit") is None
+    assert browser.ask("document.querySelector('h1').textContent") == HOSTILE
+    assert browser.ask("document.querySelector('.bk-Tooltip').shadowRoot.querySelector('img, script')") is None
+    assert browser.requests() == [hostile.as_uri()]
+    assert browser.complaints() == []
+
+
+def test_in_a_browser_the_timeline_and_a_broken_run_open_too(browser: Browser, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"epoch": 0, "step": 0, "phase": 0, "lr": 0.1}]
+    for path in (write_timeline(rows, tmp_path / "timeline.html", "one point"), write_dashboard(tmp_path)):
+        browser.open(path)
+        assert browser.requests() == [path.as_uri()]
+        assert browser.complaints() == []
