@@ -83,7 +83,7 @@ def write_images(
     root: Path, classes: list[str], count: int, size: tuple[int, int] | None = (16, 16), suffix: str = ".png"
 ) -> None:
     """Class folders; size None = every image of another size."""
-    random = np.random.default_rng(len(str(root)))
+    random = np.random.default_rng(list(root.name.encode()))
     for name in classes:
         (root / name).mkdir(parents=True)
         for i in range(count):
