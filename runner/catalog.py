@@ -44,16 +44,26 @@ class Component:
     name: str
     module: str
     arguments: Mapping[str, Argument] = field(default_factory=dict)
+    scheduled: tuple[str, ...] = ()  # arguments that a phase of a regime may drive
 
 
 @cache
 def catalog(plugins: tuple[str, ...] = ()) -> dict[str, dict[str, Component]]:
-    """Every component by group and name, those of the plugins included. Raises ValueError for a plugin that is not there."""
+    """Every component by group and name, those of the plugins included. Raises ValueError for a plugin that cannot be read."""
     found: dict[str, dict[str, Component]] = {group: {} for group in REGISTERS.values()}
-    for module in [*_own_modules(), *plugins]:
-        for component in _components(_Source.of(module)):
-            found[component.group][component.name] = component
+    for module in _own_modules():
+        _add(found, module)
+    for plugin in plugins:
+        try:
+            _add(found, plugin)
+        except (TypeError, SyntaxError, OSError) as error:
+            raise ValueError(f"plugin {plugin!r} cannot be read: {error}") from error
     return found
+
+
+def _add(found: dict[str, dict[str, Component]], module: str) -> None:
+    for component in _components(_Source.of(module)):
+        found[component.group][component.name] = component
 
 
 def _own_modules() -> Iterable[str]:
@@ -73,6 +83,8 @@ class _Source:
     @staticmethod
     @cache
     def of(module: str) -> "_Source":
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"plugin {module!r} is not the name of a module: write package.module")
         own = ROOT / Path(*module.split(".")).with_suffix(".py")
         path = own if own.is_file() else _find(module)
         return _Source(module, ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
@@ -80,11 +92,16 @@ class _Source:
     def imported(self, name: str) -> tuple[str, str] | None:
         """Where a `from module import name` brings a name from."""
         for node in self.tree.body:
-            if isinstance(node, ast.ImportFrom) and node.module:
+            if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:
-                        return node.module, alias.name
+                        return self._absolute(node), alias.name
         return None
+
+    def _absolute(self, node: ast.ImportFrom) -> str:
+        """The full name of the module that is imported from, dots at its front resolved."""
+        above = self.module.split(".")[: -node.level] if node.level else []
+        return ".".join([*above, *([node.module] if node.module else [])])
 
     def assigned(self, name: str) -> ast.expr | None:
         for node in self.tree.body:
@@ -93,12 +110,13 @@ class _Source:
         return None
 
     def classdef(self, name: str) -> "tuple[_Source, ast.ClassDef] | None":
-        """The class of that name, here or in the module of ours that it is imported from."""
+        """The class of that name, here or in the module that it is imported from: ours, or of the same package as this one."""
         for node in self.tree.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return self, node
         origin = self.imported(name)
-        ours = origin is not None and origin[0].split(".")[0] in {"models", "quant", "runner"}
+        readable = {"models", "quant", "runner", self.module.split(".")[0]}
+        ours = origin is not None and origin[0].split(".")[0] in readable
         return _Source.of(origin[0]).classdef(origin[1]) if origin and ours else None
 
 
@@ -107,6 +125,8 @@ def _find(module: str) -> Path:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:
         raise ValueError(f"plugin {module!r} cannot be found: {error}") from error
+    except Exception as error:  # the package around it is imported to find it, and may raise anything
+        raise ValueError(f"plugin {module!r} cannot be found: its package fails with {error!r}") from error
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise ValueError(f"plugin {module!r} cannot be found: no such module on the Python path")
     return Path(spec.origin)
@@ -119,8 +139,10 @@ def _components(source: _Source) -> Iterable[Component]:
                 registered = _registered(source, decorator)
                 if registered:
                     group, name = registered
-                    arguments = _fields(source, node) if isinstance(node, ast.ClassDef) else _parameters(source, node)
-                    yield Component(group, name, source.module, arguments)
+                    if isinstance(node, ast.ClassDef):
+                        yield Component(group, name, source.module, _fields(source, node), _scheduled(source, node))
+                    else:
+                        yield Component(group, name, source.module, _parameters(source, node))
 
 
 def _registered(source: _Source, decorator: ast.expr) -> tuple[str, str] | None:
@@ -143,6 +165,19 @@ def _fields(source: _Source, node: ast.ClassDef) -> dict[str, Argument]:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not _is_classvar(item.annotation):
             fields[item.target.id] = _argument(source, item.annotation, item.value)
     return fields
+
+
+def _scheduled(source: _Source, node: ast.ClassDef) -> tuple[str, ...]:
+    """The value of the class attribute `scheduled`, its own or the nearest base's."""
+    for item in node.body:
+        match item:
+            case (
+                ast.Assign(targets=[ast.Name(id="scheduled")], value=value)
+                | ast.AnnAssign(target=ast.Name(id="scheduled"), value=ast.expr() as value)
+            ):
+                return tuple(ast.literal_eval(value))
+    bases = [source.classdef(base.id) for base in node.bases if isinstance(base, ast.Name)]
+    return next((names for base in bases if base and (names := _scheduled(*base))), ())
 
 
 def _parameters(source: _Source, node: ast.FunctionDef) -> dict[str, Argument]:
@@ -214,7 +249,7 @@ def _constraint(node: ast.expr) -> Any:
     match node:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
             positional = [ast.literal_eval(item) for item in args]
-            return getattr(annotated_types, name)(
-                *positional, **{k.arg: ast.literal_eval(k.value) for k in keywords if k.arg}
-            )
+            make = getattr(annotated_types, name, None)
+            if make is not None:
+                return make(*positional, **{k.arg: ast.literal_eval(k.value) for k in keywords if k.arg})
     raise TypeError(f"not a constraint: {ast.unparse(node)}")
