@@ -15,27 +15,33 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import check
-from runner.faults import ConfigError, Fault, nearest
+from runner.faults import ConfigError, Fault, nearest, shortened
 from runner.schema import RunConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RESOLVER = re.compile(r"\$\{[^}]*:")
+# What Hydra and OmegaConf raise for words that they cannot take, and what their parsers let through (far too long, far too deep).
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError, OSError, RecursionError)
 
 
 @dataclass
 class Composition:
-    """What came of a command line: the raw config, what was wrong, and the sections whose choice was wrong."""
+    """What came of a command line: the raw config, what was wrong, and the places that are known to be wrong by it."""
 
     raw: dict[str, Any] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-    wrong_sections: set[str] = field(default_factory=set)
+    wrong: set[str] = field(default_factory=set)
 
 
 def config_from(words: Sequence[str], config_dirs: Sequence[str] = ()) -> RunConfig:
     """The checked config of a command line. Raises ConfigError with every fault that it has."""
-    composition = compose_words(words, config_dirs)
+    return checked(compose_words(words, config_dirs))
+
+
+def checked(composition: Composition) -> RunConfig:
+    """The config of a composition. Raises ConfigError with every fault, of composing and of the values."""
     try:
-        config = check(composition.raw, skip=composition.wrong_sections)
+        config = check(composition.raw, skip=composition.wrong)
     except ConfigError as error:
         raise ConfigError([*composition.faults, *error.faults]) from None
     if composition.faults:
@@ -49,10 +55,24 @@ def compose_words(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Comp
     with _configs():
         overrides = [o for word in words if (o := _parsed(word, result)) is not None]
         choices = choices_of(config_dirs)
-        good = [_forced(o) for o in overrides if _choice_exists(o, choices, result)]
-        search = [f"hydra.searchpath=[{', '.join('file://' + str(Path(d).resolve()) for d in config_dirs)}]"]
-        result.raw = _composed([*good, *(search if config_dirs else [])], result)
+        good = [
+            _forced(o, choices) for o in overrides if _is_for_a_run(o, result) and _choice_exists(o, choices, result)
+        ]
+        result.raw = _composed([*_search(config_dirs, result), *good], result)
     return result
+
+
+def _search(config_dirs: Sequence[str], result: Composition) -> list[str]:
+    """The override that makes Hydra look into the user's own folders too."""
+    missing = [folder for folder in config_dirs if not Path(folder).is_dir()]
+    result.faults += [Fault("--config-dir", f"there is no folder {folder}") for folder in missing]
+    found = [_quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs if folder not in missing]
+    return [f"hydra.searchpath=[{','.join(found)}]"] if found else []
+
+
+def _quoted(text: str) -> str:
+    """Text as Hydra's grammar reads it back."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _configs() -> Any:
@@ -79,34 +99,42 @@ def choices_of(config_dirs: Iterable[str] = ()) -> dict[str, list[str]]:
 def _parsed(word: str, result: Composition) -> Override | None:
     try:
         return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        first = str(error).splitlines()[0]
+    except REFUSALS as error:
         hint = "write key=value; quote a value with spaces, commas or brackets: 'name=\"a b\"'"
-        result.faults.append(Fault("", f"cannot read {word!r} ({first}); {hint}"))
+        result.faults.append(Fault("", f"cannot read {shortened(word)} ({_first_line(error)}); {hint}"))
         return None
+
+
+def _is_for_a_run(override: Override, result: Composition) -> bool:
+    """Several values and Hydra's own settings belong to a sweep."""
+    key, quoted = override.key_or_group, "'key=\"a,b\"'"
+    if override.is_sweep_override():
+        message = f"several values need a sweep: add -m (--multirun); for one value with a comma write {quoted}"
+        result.faults.append(Fault(key, message))
+    elif re.match(r"hydra\b", key):
+        result.faults.append(
+            Fault(key, "Hydra's own settings mean something in a sweep (-m) only; runs go to outputs=DIR")
+        )
+    else:
+        return True
+    return False
 
 
 def _choice_exists(override: Override, choices: dict[str, list[str]], result: Composition) -> bool:
     group, value = override.key_or_group, override.value()
-    if group not in choices or isinstance(value, dict):
-        return True
-    if override.is_sweep_override():
-        result.faults.append(Fault(group, "several values need a sweep: add -m (--multirun)"))
-        return False
-    if value is None or str(value) in choices[group]:
+    if group not in choices or isinstance(value, dict) or override.is_delete() or str(value) in choices[group]:
         return True
     known = choices[group]
     result.faults.append(Fault(group, f"{value!r} is not there.{nearest(str(value), known)} Known: {', '.join(known)}"))
-    result.wrong_sections.add(group)
+    result.wrong.add(group)
     return False
 
 
-def _forced(override: Override) -> str:
+def _forced(override: Override, choices: dict[str, list[str]]) -> str:
     """A value is set whether or not the YAML has the key: the closed schema judges it, with a better message than Hydra's."""
     line = override.input_line or ""
-    is_value = "." in override.key_or_group or override.key_or_group not in choices_of()
-    plain = is_value and not line.startswith(("+", "~")) and not override.key_or_group.startswith("hydra")
-    return f"++{line}" if plain else line
+    is_value = override.key_or_group not in choices and not line.startswith(("+", "~"))
+    return f"++{line}" if is_value else line
 
 
 def _composed(overrides: list[str], result: Composition) -> dict[str, Any]:
@@ -115,29 +143,39 @@ def _composed(overrides: list[str], result: Composition) -> dict[str, Any]:
     config: DictConfig | None = None
     try:
         config = compose("config", overrides=overrides)
-    except (HydraException, OmegaConfBaseException):
+    except REFUSALS:
         for override in overrides:
             try:
                 config = compose("config", overrides=[*kept, override])
                 kept.append(override)
-            except (HydraException, OmegaConfBaseException) as error:
-                result.faults.append(Fault("", f"{override.lstrip('+')!r} cannot be applied: {_first_line(error)}"))
+            except REFUSALS as error:
+                message = f"{shortened(override.lstrip('+'))} cannot be applied: {_first_line(error)}"
+                result.faults.append(Fault("", message))
     return _resolved(config if config is not None else compose("config"), result)
 
 
 def _resolved(config: DictConfig, result: Composition) -> dict[str, Any]:
     """Interpolations between keys are resolved; resolvers such as oc.env are refused, so no secret is ever written down."""
-    plain = OmegaConf.to_container(config, resolve=False)
-    for path, text in _strings(plain):
-        if RESOLVER.search(text):
-            result.faults.append(Fault(path, f"{text!r} calls a resolver; only ${{other.key}} is allowed"))
-    if result.faults and any(RESOLVER.search(text) for _, text in _strings(plain)):
-        return plain  # type: ignore[return-value]
+    for path, text in list(_strings(OmegaConf.to_container(config, resolve=False))):
+        problem = _problem(config, path, text)
+        if problem:
+            result.faults.append(Fault(path, problem))
+            result.wrong.add(path)
+            OmegaConf.update(config, path, None, force_add=True)
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _problem(config: DictConfig, path: str, text: str) -> str:
+    """What keeps a text from being a value; empty where nothing does."""
+    if RESOLVER.search(text):
+        return f"{text!r} calls a resolver; only ${{other.key}} is allowed"
+    if text == "???":
+        return "is missing"
     try:
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        OmegaConf.select(config, path, throw_on_resolution_failure=True)
     except OmegaConfBaseException as error:
-        result.faults.append(Fault("", f"an interpolation does not resolve: {_first_line(error)}"))
-        return plain  # type: ignore[return-value]
+        return f"{text!r} does not resolve: {_first_line(error)}"
+    return ""
 
 
 def _strings(raw: Any, path: str = "") -> Iterable[tuple[str, str]]:
@@ -150,7 +188,7 @@ def _strings(raw: Any, path: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -174,11 +212,15 @@ def keys_of(words: Sequence[str]) -> list[str]:
 
 
 def expand(words: Sequence[str]) -> list[list[str]]:
-    """The jobs of a sweep, each as a command line. Raises ConfigError for what cannot be read."""
+    """The jobs of a sweep, each as a command line; Hydra's own settings are for the sweep, not for its jobs.
+
+    Raises ConfigError for what cannot be read.
+    """
     result = Composition()
     overrides = [o for word in words if (o := _parsed(word, result)) is not None]
     if result.faults:
         raise ConfigError(result.faults)
+    overrides = [o for o in overrides if not re.match(r"hydra\b", o.key_or_group)]
     axes = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()

@@ -8,20 +8,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, create_model
 
 from runner.catalog import MISSING, Component, catalog
-from runner.dataset_files import missing, train_samples
-from runner.faults import ConfigError, Fault, nearest
-from runner.schema import (
-    COMMON,
-    OPTIMIZERS,
-    DataPhase,
-    DatasetConfig,
-    Phase,
-    RuleConfig,
-    RunConfig,
-    Schedule,
-    Strict,
-    Value,
-)
+from runner.dataset_files import missing
+from runner.faults import ConfigError, Fault, nearest, shortened
+from runner.relations import relation_faults
+from runner.schema import DataRegimeConfig, DatasetConfig, Phase, RuleConfig, RunConfig, Schedule, Strict, Value
 
 COMPONENTS = ("model", "quant", "classifier", "regularizer", "dataset")
 PLAIN_KEYS = {"quant": {"rules"}, "dataset": set(DatasetConfig.model_fields) - {"arguments"}}
@@ -29,17 +19,14 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def check(raw: Mapping[str, Any], skip: Iterable[str] = ()) -> RunConfig:
-    """The checked config. Raises ConfigError with every fault; sections in `skip` are known to be wrong already."""
+    """The checked config. Raises ConfigError with every fault; places in `skip` are known to be wrong already."""
     faults = [
         Fault(path, "configs are data: a key that starts with '_' names code and is refused")
         for path in _code_keys(raw)
     ]
-    plugins = tuple(raw.get("plugins") or ())
-    try:
-        known = catalog(plugins)
-    except ValueError as error:
-        raise ConfigError([*faults, Fault("plugins", str(error))]) from error
+    known, found = _known(raw.get("plugins"))
     folded = dict(raw)
+    faults += found
     for section in COMPONENTS:
         folded[section], found = _fold(section, raw.get(section), known[section])
         faults += found
@@ -47,13 +34,36 @@ def check(raw: Mapping[str, Any], skip: Iterable[str] = ()) -> RunConfig:
             faults += _data_faults(folded[section])
     config, found = _validate(RunConfig, folded, "")
     faults += found
-    faults = [f for f in faults if f.path.split(".")[0] not in set(skip)]
-    if config is not None and not faults:
-        config = shorthand(config)
-        faults = list(_cross_checks(config))
+    parts = dict(shorthand(config)) if config is not None and not faults else _right_parts(folded, faults)
+    faults += relation_faults(parts, known["quant"])
+    faults = _unique(f for f in faults if not any(_is_within(f.path, place) for place in skip))
     if faults or config is None:
-        raise ConfigError(_unique(faults))
-    return config
+        raise ConfigError(faults)
+    return shorthand(config)
+
+
+def _known(plugins: Any) -> tuple[dict[str, dict[str, Component]], list[Fault]]:
+    """What can be named, with the plugins where they can be read."""
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        return catalog(), []  # the schema says so
+    try:
+        return catalog(tuple(plugins)), []
+    except ValueError as error:
+        return catalog(), [Fault("plugins", str(error))]
+
+
+def _right_parts(folded: Mapping[str, Any], faults: Iterable[Fault]) -> dict[str, Any]:
+    """The sections without a fault of their own, so that their relations are judged in the same message."""
+    wrong = {fault.path.split(".")[0] for fault in faults}
+    fields = {key: (info.annotation, info) for key, info in RunConfig.model_fields.items() if key not in wrong}
+    parts = dict(create_model("Parts", __base__=Strict, **fields).model_validate({key: folded[key] for key in fields}))  # type: ignore[call-overload]
+    if parts.get("batch_size") and "data_regime" in parts:
+        parts["data_regime"] = _with_batch_size(parts["data_regime"], parts["batch_size"])
+    return parts
+
+
+def _is_within(path: str, place: str) -> bool:
+    return path == place or path.startswith(f"{place}.")
 
 
 def _fold(section: str, raw: Any, known: Mapping[str, Component]) -> tuple[dict[str, Any], list[Fault]]:
@@ -75,7 +85,10 @@ def _fold(section: str, raw: Any, known: Mapping[str, Component]) -> tuple[dict[
 
 def _data_faults(dataset: Mapping[str, Any]) -> Iterable[Fault]:
     """Whether the data set is where the config says, before anything else is done with it."""
-    problem = missing(dataset["name"], dataset["arguments"])
+    try:
+        problem = missing(dataset["name"], dataset["arguments"])
+    except OSError as error:
+        problem = f"cannot be read: {error}"
     if problem:
         yield Fault("dataset.root", problem)
 
@@ -107,20 +120,22 @@ def _validate(model: type[M], raw: Any, path: str, also: Sequence[str] = ()) -> 
 
 def _explain(error: Any, model: type[BaseModel], path: str, also: Sequence[str]) -> Fault:
     """A pydantic error as a sentence for people."""
-    where = [part for part in error["loc"] if not _is_union_branch(part)]
+    unknown_key = error["type"] == "extra_forbidden"
+    *outer, last = error["loc"]
+    where = [part for part in outer if not _is_union_branch(part)]
+    where += [last] if unknown_key or not _is_union_branch(last) else []
     full = ".".join(str(part) for part in ([path] if path else []) + where)
-    match error["type"]:
-        case "extra_forbidden":
-            keys = [*_keys_at(model, where[:-1]), *also]
-            return Fault(full, f"unknown key.{nearest(str(where[-1]), keys)} Known: {', '.join(keys)}")
-        case "literal_error":
-            accepted = error["ctx"]["expected"]
-            words = [word.strip("' ") for word in accepted.replace(" or ", ", ").split(",")]
-            return Fault(full, f"{error['input']!r} is not accepted: {accepted}.{nearest(str(error['input']), words)}")
-        case "missing":
-            return Fault(full, "is missing")
-        case _:
-            return Fault(full, f"{error['msg'].replace('Input', 'value', 1)}, not {error['input']!r}")
+    if unknown_key:
+        keys = [*_keys_at(model, where[:-1]), *also]
+        return Fault(full, f"unknown key.{nearest(str(last), keys)} Known: {', '.join(keys)}")
+    if error["type"] == "missing":
+        return Fault(full, "is missing")
+    value = shortened(error["input"])
+    if error["type"] == "literal_error":
+        accepted = error["ctx"]["expected"]
+        words = [word.strip("' ") for word in accepted.replace(" or ", ", ").split(",")]
+        return Fault(full, f"{value} is not accepted: {accepted}.{nearest(str(error['input']), words)}")
+    return Fault(full, f"{error['msg'].replace('Input', 'value', 1)}, not {value}")
 
 
 def _is_union_branch(part: int | str) -> bool:
@@ -164,88 +179,11 @@ def _unknown(name: str, known: Mapping[str, Component]) -> str:
 
 
 def _unique(faults: Iterable[Fault]) -> list[Fault]:
-    """One fault a place: a union reports each of its branches."""
-    return list({fault.path or fault.message: fault for fault in reversed(list(faults))}.values())[::-1]
-
-
-def _cross_checks(config: RunConfig) -> Iterable[Fault]:
-    """What keys must be to one another."""
-    yield from _phase_faults(config)
-    yield from _batch_faults(config)
-    if config.mode == "evaluate" and not config.checkpoint:
-        yield Fault("checkpoint", "mode=evaluate needs checkpoint=PATH: a run folder, a checkpoint or a weights file")
-    if config.dataset.mean and config.dataset.std and len(config.dataset.mean) != len(config.dataset.std):
-        yield Fault("dataset.std", "must have as many values as dataset.mean")
-    if config.trainer.amp == "fp16" and config.trainer.device == "cpu":
-        yield Fault("trainer.amp", "fp16 needs a GPU; the CPU accepts none, bf16")
-
-
-def _phase_faults(config: RunConfig) -> Iterable[Fault]:
-    for section, phases in (("regime", config.regime.phases), ("data_regime", config.data_regime.phases)):
-        yield from _order_faults(section, phases or [])
-    optimizer: str | None = None
-    for index, phase in enumerate(config.regime.phases or []):
-        path = f"regime.phases.{index}"
-        yield from _schedule_faults(phase, path)
-        optimizer = phase.optimizer or optimizer
-        if optimizer is None or (index == 0 and phase.lr is None):
-            yield Fault(path, "the first phase needs an optimizer and an lr")
-            return
-        accepted = COMMON | OPTIMIZERS[optimizer]
-        every = set().union(*OPTIMIZERS.values())
-        for key in sorted(phase.model_fields_set & every - accepted):
-            yield Fault(f"{path}.{key}", f"{optimizer} has no {key}; it takes {', '.join(sorted(accepted))}")
-    if config.data_regime.phases and config.data_regime.phases[0].batch_size is None:
-        yield Fault("data_regime.phases.0", "the first phase needs a batch_size")
-
-
-def _batch_faults(config: RunConfig) -> Iterable[Fault]:
-    samples = train_samples(config.dataset.name, config.dataset.model_dump() | config.dataset.arguments)
-    for index, phase in enumerate(config.data_regime.phases or []):
-        if samples is not None and (phase.batch_size or 0) > samples:
-            path = f"data_regime.phases.{index}.batch_size"
-            yield Fault(
-                path, f"{phase.batch_size} is more than the {samples:,} training images of {config.dataset.name}"
-            )
-
-
-def _order_faults(section: str, phases: Sequence[Phase | DataPhase]) -> Iterable[Fault]:
-    previous = -1
-    units = {"step" if getattr(phase, "step", None) is not None else "epoch" for phase in phases}
-    if len(units) > 1:
-        yield Fault(f"{section}.phases", "phases are placed by epoch or by step, not by both in one list")
-        return
-    for index, phase in enumerate(phases):
-        start = start_of(phase)
-        if start is None or (getattr(phase, "step", None) is not None and phase.epoch is not None):
-            yield Fault(f"{section}.phases.{index}", "needs its start: one of epoch, step")
-            return
-        if index == 0 and start != 0:
-            yield Fault(f"{section}.phases.0", f"the first phase must start at 0, not at {start}")
-        if start <= previous:
-            yield Fault(
-                f"{section}.phases.{index}", f"starts at {start}, the phase before it at {previous}: put them in order"
-            )
-        previous = start
-
-
-def _schedule_faults(phase: Phase, path: str) -> Iterable[Fault]:
-    values: dict[str, Any] = {"lr": phase.lr, "weight_decay": phase.weight_decay, "regularizer": phase.regularizer}
-    values |= {f"quant.{key}": value for key, value in (phase.quant or {}).items()}
-    for key, value in values.items():
-        if isinstance(value, Schedule):
-            if value.schedule == "step" and value.every is None:
-                yield Fault(f"{path}.{key}", "schedule step needs every: (and gamma:)")
-            if value.schedule in {"linear", "warmup", "cosine", "exponential"} and value.end is None:
-                yield Fault(f"{path}.{key}", f"schedule {value.schedule} needs to:")
-            if value.schedule == "exponential" and not (value.start > 0 and (value.end or 0) > 0):
-                yield Fault(f"{path}.{key}", "schedule exponential needs from: and to: above zero")
-
-
-def start_of(phase: Phase | DataPhase) -> int | None:
-    """The epoch or step at which a phase begins."""
-    step = phase.step if isinstance(phase, Phase) else None
-    return step if step is not None else phase.epoch
+    """One fault a place, and none for a place where a deeper one says more: a union reports each of its branches."""
+    first: dict[str, Fault] = {}
+    for fault in faults:
+        first.setdefault(fault.path or fault.message, fault)
+    return [f for f in first.values() if not any(_is_within(o.path, f.path) for o in first.values() if o is not f)]
 
 
 def shorthand(config: RunConfig) -> RunConfig:
@@ -254,15 +192,9 @@ def shorthand(config: RunConfig) -> RunConfig:
     regime, data = config.regime, config.data_regime
     lr, batch_size = config.lr, config.batch_size
     if lr is not None and regime.phases is not None:
-        regime = regime.model_copy(update={"phases": _rescaled(regime.phases, lr)})
-        lr = None
+        regime, lr = regime.model_copy(update={"phases": _rescaled(regime.phases, lr)}), None
     if batch_size is not None and data.phases is not None:
-        ratio = batch_size / (data.phases[0].batch_size or batch_size)
-        phases = [
-            p.model_copy(update={"batch_size": max(1, round(p.batch_size * ratio)) if p.batch_size else None})
-            for p in data.phases
-        ]
-        data, batch_size = data.model_copy(update={"phases": phases}), None
+        data, batch_size = _with_batch_size(data, batch_size), None
     update = {
         "trainer": trainer,
         "regime": regime,
@@ -274,25 +206,34 @@ def shorthand(config: RunConfig) -> RunConfig:
     return config.model_copy(update=update)
 
 
+def _with_batch_size(data: DataRegimeConfig, first: int) -> DataRegimeConfig:
+    """The data regime with every batch size in the same ratio to the first, which becomes `first`."""
+    ratio = first / (data.phases[0].batch_size or first) if data.phases else 1.0
+    sizes = [max(1, round(p.batch_size * ratio)) if p.batch_size else None for p in data.phases or []]
+    phases = [p.model_copy(update={"batch_size": size}) for p, size in zip(data.phases or [], sizes, strict=True)]
+    return data.model_copy(update={"phases": phases or None})
+
+
 def _rescaled(phases: Sequence[Phase], peak: float) -> list[Phase]:
     """The phases with every learning rate in the same ratio to the highest, which becomes `peak`."""
 
     def highest(value: Value | None) -> float:
         return max(value.start, value.end or 0.0) if isinstance(value, Schedule) else (value or 0.0)
 
-    ratio = peak / (max(highest(phase.lr) for phase in phases) or peak)
+    top = max(highest(phase.lr) for phase in phases) or 1.0
 
-    def scaled(value: Value | None) -> Value | None:
+    def scaled(value: Value) -> Value:
         if isinstance(value, Schedule):
-            end = None if value.end is None else value.end * ratio
-            return value.model_copy(update={"start": value.start * ratio, "end": end})
-        return None if value is None else value * ratio
+            end = None if value.end is None else peak * (value.end / top)
+            return value.model_copy(update={"start": peak * (value.start / top), "end": end})
+        return peak * (value / top)
 
-    return [phase.model_copy(update={"lr": scaled(phase.lr)}) if phase.lr is not None else phase for phase in phases]
+    return [p.model_copy(update={"lr": scaled(p.lr)}) if p.lr is not None else p for p in phases]
 
 
 IRRELEVANT = {
     "": {"mode", "name", "outputs", "checkpoint", "epochs"},
+    "regime": {"epochs"},  # trainer.epochs says it
     "trainer": {"checkpoint_every", "progress", "dashboard"},
     "dataset": {"cache", "workers", "memory"},
     "dataset.arguments": {"root", "download"},
@@ -302,6 +243,8 @@ IRRELEVANT = {
 def config_hash(config: RunConfig) -> str:
     """Eight hex digits over everything that can change a number of the result."""
     raw = config.model_dump(by_alias=True, exclude_none=True)
+    if config.dataset.name == "folder":
+        raw["dataset"]["which"] = config.dataset.arguments.get("root")  # its place is all that tells it from another
     for path, keys in IRRELEVANT.items():
         place = raw
         for part in path.split(".") if path else []:
@@ -312,8 +255,11 @@ def config_hash(config: RunConfig) -> str:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """The config as its YAML files would say it: components' arguments beside their names."""
-    raw = config.model_dump(by_alias=True, exclude_unset=False)
+    """The config as its YAML files would say it: components' arguments beside their names, in phases only what they set."""
+    raw = config.model_dump(by_alias=True)
     for section in COMPONENTS:
         raw[section] |= raw[section].pop("arguments")
+    for section in ("regime", "data_regime"):
+        said = getattr(config, section).model_dump(by_alias=True, exclude_none=True)
+        raw[section]["phases"] = said.get("phases")
     return raw

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class Exit(IntEnum):
@@ -95,3 +96,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
     swapped = [candidate for candidate in known if sorted(candidate) == sorted(word)]
     hits = [*swapped, *difflib.get_close_matches(word, known, n=1, cutoff=0.5)]
     return f" Did you mean {hits[0]!r}?" if hits else ""
+
+
+def shortened(value: Any) -> str:
+    """The repr of a value, of a length that a message bears."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:80]} … {text[-20:]}"

@@ -6,16 +6,17 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Ge(1)]
+Epochs = Annotated[int, Interval(ge=1, le=1_000_000)]
 Natural = Annotated[int, Ge(0)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 class Strict(BaseModel):
     """No unknown keys, no silent conversion, no change afterwards."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Schedule(Strict):
@@ -65,7 +66,7 @@ OPTIMIZERS: dict[str, set[str]] = {
 class RegimeConfig(Strict):
     """Optimizer and learning rate over time; `phases: null` takes the model's own."""
 
-    epochs: PositiveInt
+    epochs: Epochs
     phases: Annotated[list[Phase], Field(min_length=1)] | None
 
 
@@ -114,7 +115,7 @@ class DatasetConfig(Strict):
 class TrainerConfig(Strict):
     """How a run is executed; conf/trainer/default.yaml explains the keys."""
 
-    epochs: PositiveInt | None
+    epochs: Epochs | None
     max_steps: PositiveInt | None
     select: Literal["val", "last"]
     label_smoothing: Fraction
@@ -173,7 +174,7 @@ class RunConfig(Strict):
     checkpoint: str | None
     pretrained: str | None
     plugins: list[str]
-    epochs: PositiveInt | None
+    epochs: Epochs | None
     batch_size: PositiveInt | None
     lr: Positive | None
     model: Named
