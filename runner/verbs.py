@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.compose import config_from, split_options
+from runner.compose import Composition, checked, compose_words, config_from, keys_of, split_options
 from runner.dataset_files import train_samples
-from runner.faults import ConfigError, Exit, Fault
+from runner.faults import ConfigError, Exit, Fault, MissingInput
 from runner.regime import timeline
 from runner.schema import RunConfig
 from runner.screen import Screen
@@ -15,9 +15,11 @@ COLUMNS = ["epoch", "step", "phase", "optimizer", "lr", "momentum", "weight_deca
 
 def train(words: Sequence[str]) -> int:
     """Train, or with mode=evaluate measure, one configuration."""
-    if any(word.replace(" ", "") == "mode=evaluate" for word in words):
-        return evaluate(words)
-    config = config_from(*split_options(words))
+    overrides, config_dirs = split_options(words)
+    composition = compose_words(overrides, config_dirs)
+    if composition.raw.get("mode") == "evaluate":
+        return _evaluate(overrides, composition)
+    config = checked(composition)
     from runner.job import train as train_run
 
     train_run(config)
@@ -26,9 +28,19 @@ def train(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> int:
     """Print and save the figures of a stored model; its config comes with it, what is said here changes it."""
+    overrides, config_dirs = split_options([*words, "mode=evaluate"])
+    return _evaluate(overrides, compose_words(overrides, config_dirs))
+
+
+def _evaluate(overrides: Sequence[str], composition: Composition) -> int:
+    given = composition.raw.get("checkpoint")
+    if composition.faults or not isinstance(given, str) or not given:
+        checked(composition)  # raises: all faults, before torch is loaded
+    if not Path(str(given)).exists():
+        raise MissingInput(f"{given}: no such file or folder; give a run folder, a checkpoint or a weights file")
     from runner.evaluate import evaluate_stored
 
-    evaluate_stored(*split_options([*words, "mode=evaluate"]))
+    evaluate_stored(composition.raw, keys_of(overrides))
     return int(Exit.DONE)
 
 
