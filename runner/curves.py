@@ -5,13 +5,14 @@ epochs completed. A setting such as the learning rate held from the row before u
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from bokeh.models import ColumnDataSource
 
-from runner.figures import MOST_CELLS, Axis, Panel, Series, Sheet, short_labels, source_of
+from runner.figures import MOST_CELLS, Axis, Panel, Series, Sheet, source_of
 from runner.page import Column, number, plain, table, text
 from runner.records import Run
 
@@ -80,20 +81,34 @@ def curve_section(run: Run) -> tuple[str, Sheet]:
 
 def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
     """The curves of a regime as HTML, and the sheet that holds their figures; rows say what holds from there on."""
-    points = rows.assign(phase=rows["phase"].astype(str)) if "phase" in rows else rows.assign(phase="")
-    names = ("epoch", "step")
-    for name in names:
-        points[f"x_{name}"] = pd.to_numeric(points[name], errors="coerce") if name in points else np.nan
-    axes = {name: Axis(name, float(points[f"x_{name}"].max())) for name in names if points[f"x_{name}"].notna().all()}
+    columns = ["epoch", "step", *(panel.series[0].column for panel in TIMELINE_PANELS)]
+    points = rows.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
+    points["phase"] = rows["phase"].astype(str) if "phase" in rows else ""
+    points = _with_end(points)
+    names = [name for name in ("epoch", "step") if len(points) and points[name].notna().all()]
+    axes = {name: Axis(name, float(points[name].max())) for name in names}
+    points = points.assign(**{f"x_{name}": points[name] for name in names})
     sheet = Sheet(axes, _phases_from(points, axes))
-    charts = []
-    for panel in TIMELINE_PANELS:
-        column = panel.series[0].column
-        points[column] = pd.to_numeric(points[column], errors="coerce") if column in points else np.nan
-        if points[column].notna().any():
-            source = source_of(_thinned(points).assign(x=lambda table: table["x_epoch"]))
-            charts.append(sheet.curves(panel, source, _in_words(panel, points)))
+    if not axes:
+        return "<p>There is no point to draw.</p>", sheet
+    shown = _thinned(points)
+    source = source_of(shown.assign(x=shown[f"x_{names[0]}"]))
+    charts = [
+        sheet.curves(panel, source, _in_words(panel, points))
+        for panel in TIMELINE_PANELS
+        if points[panel.series[0].column].notna().any()
+    ]
     return f'{_controls(axes)}<div class="panels">{"".join(charts)}</div>', sheet
+
+
+def _with_end(points: pd.DataFrame) -> pd.DataFrame:
+    """The points and one more, an interval later, up to which the last one holds."""
+    if points.empty:
+        return points
+    end = points.iloc[[-1]].copy()
+    for name in ("epoch", "step"):
+        end[name] += points[name].iloc[-1] - points[name].iloc[-2] if len(points) > 1 else 1
+    return pd.concat([points, end], ignore_index=True)
 
 
 def health_section(run: Run, sheet: Sheet) -> str:
@@ -243,3 +258,22 @@ def _controls(axes: dict[str, Any]) -> str:
         f'<div class="buttons" role="group" aria-label="Zoom all charts">{buttons}</div>'
         f'<span class="small quiet mouse">Drag across a chart to zoom, double-click to see everything.</span></div>'
     )
+
+
+def short_labels(names: Sequence[str], longest: int = 18) -> dict[str, str]:
+    """Names cut to what fits beside a chart, still different from each other.
+
+    >>> short_labels(["conv1", "features.denseblock1.conv1", "features.denseblock2.conv1"], 12)
+    {'conv1': 'conv1', 'features.denseblock1.conv1': '…lock1.conv1', 'features.denseblock2.conv1': '…lock2.conv1'}
+    """
+    labels: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        label = base = name if len(name) <= longest else "…" + name[len(name) - longest + 1 :]
+        copies = 1
+        while label in taken:
+            copies += 1
+            label = f"{base} ({copies})"
+        labels[name] = label
+        taken.add(label)
+    return labels

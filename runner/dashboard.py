@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from runner.curves import curve_section, health_section, timeline_section
-from runner.page import NOTHING, Column, amount, duration, number, page, plain, size, table, text, write_page
+from runner.headlines import headlines
+from runner.page import NOTHING, Column, number, page, plain, table, text, write_page
 from runner.records import LAYERS, Run, read_run
 
 MOST_TABLE_ROWS = 500
@@ -58,7 +59,7 @@ def write_dashboard(folder: Path, defaults: dict[str, object] | None = None) -> 
             _header(run),
             "<main>",
             _problems(run),
-            _headlines(run),
+            headlines(run),
             curves,
             _metrics_table(run),
             health,
@@ -118,8 +119,7 @@ def _moment(value: object) -> str:
 
 
 def _named(run: Run, group: str) -> str:
-    value = run.summary.get(group) or run.config.get(group)
-    value = value.get("name", "") if isinstance(value, dict) else value
+    value = run.summary.get(group) or flatten(run.config).get(f"{group}.name")
     return str(value or "")
 
 
@@ -131,59 +131,6 @@ def _problems(run: Run) -> str:
         return ""
     items = "".join(f"<li>{text(problem)}</li>" for problem in problems)
     return f'<div class="notice" role="note"><strong>To know about this run</strong><ul>{items}</ul></div>'
-
-
-def _headlines(run: Run) -> str:
-    """The numbers one looks for first; before the end, those that the CSV files already tell."""
-    summary, metrics, timing = run.summary, run.metrics, run.timing
-    best = _first(summary.get("best_val_top1"), metrics["val_top1"].max())
-    last = _first(summary.get("final_val_top1"), _last(metrics["val_top1"]))
-    best_epoch = _first(summary.get("best_epoch"), _epoch_of_best(metrics))
-    seconds = _first(summary.get("train_seconds"), timing["seconds"].sum() if len(timing) else None)
-    speed = _first(summary.get("images_per_s"), timing["images_per_s"].median())
-    memory = _first(summary.get("peak_memory_bytes"), timing["peak_memory_bytes"].max())
-    saved = _first(summary.get("saved_bytes_per_sample"), timing["saved_bytes_per_sample"].max())
-    top5 = number(summary.get("test_top5"))
-    test_note = f"top-5 {top5:.2f} %, " if top5 is not None else ""
-    cards = [
-        ("Best validation accuracy", _percent(best), f"epoch {plain(best_epoch)}; last {_joined(_percent(last))}"),
-        ("Test accuracy", _percent(number(summary.get("test_top1"))), f"{test_note}{_checkpoint(summary)}"),
-        ("Training time", duration(seconds), f"{_joined(duration(_per_epoch(run, seconds)))} an epoch"),
-        ("Speed", amount(speed, "images/s"), "while training"),
-        ("Peak memory", size(memory), "most in use at once"),
-        ("Saved for backward", size(saved), "per sample"),
-        _packed(summary),
-        _macs(summary),
-    ]
-    items = "".join(_card(*card) for card in cards)
-    return f'<dl class="headlines">{items}</dl>'
-
-
-def _card(label: str, figure: tuple[str, str], note: str) -> str:
-    value, unit = figure
-    known = value != NOTHING
-    units = f' <span class="unit">{text(unit)}</span>' if unit else ""
-    return (
-        f'<div><dt>{text(label)}</dt><dd class="figure">{text(value)}{units}</dd>'
-        f'<dd class="note">{text(note if known else "not measured")}</dd></div>'
-    )
-
-
-def _packed(summary: dict[str, object]) -> tuple[str, tuple[str, str], str]:
-    packed, unpacked = number(summary.get("packed_bytes")), number(summary.get("float_bytes"))
-    parameters = amount(summary.get("parameters"))
-    note = f"{_joined(parameters)} parameters" if parameters[0] != NOTHING else "on disk"
-    if packed and unpacked:
-        note = f"{unpacked / packed:.3g} times smaller than {_joined(size(unpacked))} in float; {note}"
-    return "Packed size", size(packed), note
-
-
-def _macs(summary: dict[str, object]) -> tuple[str, tuple[str, str], str]:
-    macs = summary.get("macs")
-    kinds = {str(kind): number(count) for kind, count in macs.items()} if isinstance(macs, dict) else {}
-    known = {kind: count for kind, count in kinds.items() if count}
-    note = ", ".join(f"{_joined(amount(count))} {kind}" for kind, count in known.items())
-    return "MACs per image", amount(sum(known.values()) if known else None), note
 
 
 def _metrics_table(run: Run) -> str:
@@ -290,34 +237,3 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, object]]:
 def _thinned(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_TABLE_ROWS)).astype(int))
     return [rows[index] for index in chosen]
-
-
-def _first(*values: object) -> float | None:
-    return next((found for found in map(number, values) if found is not None), None)
-
-
-def _last(column: "pd.Series[float]") -> float | None:
-    known = column.dropna()
-    return float(known.iloc[-1]) if len(known) else None
-
-
-def _epoch_of_best(metrics: pd.DataFrame) -> float | None:
-    known = metrics.dropna(subset=["val_top1"]).sort_values("val_top1", ascending=False, kind="stable")
-    return float(known["epoch"].iloc[0]) if len(known) else None
-
-
-def _per_epoch(run: Run, seconds: float | None) -> float | None:
-    epochs = number(run.summary.get("epochs")) or len(run.timing)
-    return seconds / epochs if seconds is not None and epochs else None
-
-
-def _checkpoint(summary: dict[str, object]) -> str:
-    return f"{summary.get('test_checkpoint', 'last')} checkpoint"
-
-
-def _percent(value: float | None) -> tuple[str, str]:
-    return (NOTHING, "") if value is None else (f"{value:.2f}", "%")
-
-
-def _joined(figure: tuple[str, str]) -> str:
-    return " ".join(filter(None, figure))

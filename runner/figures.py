@@ -288,22 +288,3 @@ def _colours(values: object) -> tuple[ColorMapper, list[float]]:
     scale, space = (LogColorMapper, np.geomspace) if _spans_decades(array) else (LinearColorMapper, np.linspace)
     landmarks = sorted({float(f"{value:.2g}") for value in space(low, high, 6)[1:-1]})
     return scale(palette="Viridis256", low=low, high=high, nan_color="#80808040"), landmarks
-
-
-def short_labels(names: Sequence[str], longest: int = 18) -> dict[str, str]:
-    """Names cut to what fits beside a chart, still different from each other.
-
-    >>> short_labels(["conv1", "features.denseblock1.conv1", "features.denseblock2.conv1"], 12)
-    {'conv1': 'conv1', 'features.denseblock1.conv1': '…lock1.conv1', 'features.denseblock2.conv1': '…lock2.conv1'}
-    """
-    labels: dict[str, str] = {}
-    taken: set[str] = set()
-    for name in names:
-        label = base = name if len(name) <= longest else "…" + name[len(name) - longest + 1 :]
-        copies = 1
-        while label in taken:
-            copies += 1
-            label = f"{base} ({copies})"
-        labels[name] = label
-        taken.add(label)
-    return labels

@@ -62,8 +62,12 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, done, preempted, failed, diverged; 'unknown' where the folder does not say."""
-        return str(self.status.get("state") or ("done" if self.summary else "unknown"))
+        """running, done, preempted, failed, diverged; 'unknown' where the folder does not say.
+
+        The summary is written when the training is over; its page is drawn a moment before the status says so.
+        """
+        state = str(self.status.get("state", "unknown"))
+        return "done" if self.summary and state in ("running", "unknown") else state
 
 
 def read_run(folder: Path) -> Run:

@@ -13,9 +13,9 @@ import yaml
 from browser import CHROMIUM, Browser
 from run_samples import LENET, make_run
 
-from runner.dashboard import write_dashboard, write_timeline
+from runner.curves import short_labels
+from runner.dashboard import flatten, write_dashboard, write_timeline
 from runner.faults import StorageError
-from runner.figures import short_labels
 from runner.page import amount, duration, embedded_json, size, write_page
 
 HOSTILE = (
@@ -137,6 +137,7 @@ def test_screen_readers_get_names_and_tables(whole: Path) -> None:
 def test_config_keys_that_differ_from_the_defaults_come_first(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=2, layers=LENET, drops=())
     config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(flatten(config), sort_keys=False))  # as the trainer writes it
     assert "0 of 19 keys differ" in Page(write_dashboard(folder, defaults=config)).text
     config["trainer"]["epochs"] = 100
     del config["seed"]
@@ -178,7 +179,7 @@ def test_a_run_that_goes_on_shows_what_it_has_so_far(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=1, layers=LENET, drops=(), state="running")
     text = Page(write_dashboard(folder)).text
     assert "Best validation accuracy" in text
-    assert "running" in text
+    assert "running , epoch 1 of 1" in text
     assert "summary.json" not in text
 
 
@@ -217,7 +218,7 @@ def test_a_link_in_place_of_the_page_is_refused(tmp_path: Path) -> None:
 def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"epoch": epoch, "step": epoch * 100, "phase": int(epoch > 3), "optimizer": HOSTILE, "lr": 0.1 * 0.5**epoch,
-         "momentum": None, "weight_decay": 1e-4, "batch_size": 64, "input_size": 32}
+         "momentum": "", "weight_decay": 1e-4, "batch_size": 64, "input_size": 32}
         for epoch in range(10)
     ]  # fmt: skip
     page = Page(write_timeline(rows, tmp_path / "timeline.html", HOSTILE))
@@ -225,6 +226,9 @@ def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
         "plot-lr", "plot-weight_decay", "plot-batch_size", "plot-input_size"]  # fmt: skip
     assert {tag for tag, _ in page.elements} <= OUR_TAGS
     assert HOSTILE in page.texts
+    assert json.loads(page.scripts[0])["axes"]["epoch"]["end"] == [0, pytest.approx(10 * 1.03)], (
+        "the last row holds, too"
+    )
     assert Page(write_timeline([], tmp_path / "empty.html", "nothing")).all("figure") == []
 
 
