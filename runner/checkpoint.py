@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from runner.faults import BadData
-from runner.files import remove, sha256, write_atomic, write_json
+from runner.faults import BadData, StorageError
+from runner.files import reason, remove, sha256, write_atomic, write_json
 
 SCHEMA = 1
 KEEP = 2
@@ -49,10 +49,9 @@ class Checkpoints:
         content = dumps(state)
         name = f"step-{step}.pt"
         write_atomic(self.folder / name, content)
-        manifest = {"schema": SCHEMA, "step": step, "file": name, "sha256": sha256(content), "best": entry} | dict(
-            facts
-        )
-        write_json(self.folder / f"step-{step}.json", manifest, durable=True)
+        named = {"schema": SCHEMA, "step": step, "file": name, "sha256": sha256(content), "best": entry}
+        manifest = named | dict(facts)
+        write_json(self.folder / f"step-{step}.json", manifest | {"check": _check(manifest)}, durable=True)
         self._prune()
 
     def _save_best(self, step: int, weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,19 +62,31 @@ class Checkpoints:
         return self._best_entry
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; warns for every damaged one that it walks past. None where there is none."""
+        """The newest checkpoint that is whole; warns for every damaged one on the way there and removes it.
+
+        None where there are none. Raises BadData where there are some and none is whole: nothing is thrown away then.
+        """
         self._sweep()
-        for path in self._manifests():
+        damaged: list[Path] = []
+        for path in self.manifests():
             try:
                 found = load(path)
-            except BadData as error:
+            except Damaged as error:
                 warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+                damaged.append(path)
                 continue
+            for one in damaged:
+                remove(one)
             self._best_entry = found.manifest["best"]
             return found
+        if damaged:
+            raise BadData(
+                f"{self.folder}: no checkpoint in it is whole; restore one, or delete the folder to start anew"
+            )
         return None
 
-    def _manifests(self) -> list[Path]:
+    def manifests(self) -> list[Path]:
+        """The commits in the folder, newest first."""
         paths = [p for p in self.folder.glob("step-*.json") if STEP.fullmatch(p.name)]
         return sorted(paths, key=lambda p: int(p.stem.split("-")[1]), reverse=True)
 
@@ -83,13 +94,13 @@ class Checkpoints:
         """Remove what a kill left behind: temporary files, and data that no manifest names."""
         for path in self.folder.glob(".*.tmp-*"):
             remove(path)
-        named = set(self._named(self._manifests()))
+        named = set(self._named(self.manifests()))
         for path in self.folder.glob("*.pt"):
             if path.name not in named:
                 remove(path)
 
     def _prune(self) -> None:
-        manifests = self._manifests()
+        manifests = self.manifests()
         keep = set(self._named(manifests[:KEEP]))
         for path in manifests[KEEP:]:
             remove(path)
@@ -108,24 +119,55 @@ class Checkpoints:
                 yield str(best.get("file"))
 
 
+class Damaged(BadData):
+    """A file that is not as it was saved."""
+
+
 def load(path: Path) -> Checkpoint:
-    """Read and verify the checkpoint of a manifest. Raises BadData, naming the file, for anything that is not as it was saved."""
+    """Read and verify the checkpoint of a manifest.
+
+    Raises Damaged, naming the file, for anything that is not as it was saved; BadData for a format of another version.
+    """
+    manifest = read_manifest(path)
+    best = manifest["best"]
+    state = loads(_beside(path, manifest["file"]), manifest["sha256"])
+    return Checkpoint(manifest, state, loads(_beside(path, best["file"]), best["sha256"]) if best else None)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, verified."""
     try:
-        manifest = json.loads(path.read_bytes())
-        schema, name, digest, best = manifest["schema"], manifest["file"], manifest["sha256"], manifest["best"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadData(f"{path}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
-    if schema != SCHEMA:
-        raise BadData(f"{path}: written in format {schema}, this program reads format {SCHEMA}")
-    state = loads(_beside(path, name), digest)
-    weights = loads(_beside(path, best["file"]), best["sha256"]) if best else None
-    return Checkpoint(manifest, state, weights)
+        manifest = json.loads(_content(path))
+        own = manifest.pop("check")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
+    schema = manifest.get("schema")
+    other = "" if schema == SCHEMA else f"; it says format {schema}, this program reads format {SCHEMA}"
+    if own != _check(manifest):
+        raise Damaged(f"{path}: damaged: its checksum is not the one that was saved{other}")
+    if other:
+        raise BadData(f"{path}: cannot be read{other}")
+    return manifest  # type: ignore[no-any-return]
+
+
+def _check(manifest: Mapping[str, Any]) -> str:
+    """The checksum of a manifest's facts, the same in every format: what another version wrote is told from what is damaged."""
+    return sha256(json.dumps(manifest, sort_keys=True, default=str).encode())
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: is missing") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {reason(error)}") from error
 
 
 def _beside(manifest: Path, name: Any) -> Path:
     """A file that a manifest names: beside it, nowhere else."""
     if not isinstance(name, str) or Path(name).name != name:
-        raise BadData(f"{manifest}: names a file outside its folder: {name!r}")
+        raise Damaged(f"{manifest}: names a file outside its folder: {name!r}")
     return manifest.with_name(name)
 
 
@@ -137,20 +179,17 @@ def dumps(state: Mapping[str, Any]) -> bytes:
 
 
 def loads(path: Path, digest: str | None = None) -> dict[str, Any]:
-    """Decode a file of tensors and plain Python; code in it is refused, never run. Raises BadData for anything odd."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BadData(f"{path}: cannot be read: {error.strerror}") from error
+    """Decode a file of tensors and plain Python; code in it is refused, never run. Raises Damaged for anything odd."""
+    content = _content(path)
     if digest is not None and sha256(content) != digest:
-        raise BadData(f"{path}: damaged: its checksum is not the one that was saved")
+        raise Damaged(f"{path}: damaged: its checksum is not the one that was saved")
     try:
         _refuse_compressed(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a decoder trips over, the file is what is wrong
-        raise BadData(f"{path}: not a checkpoint that can be trusted ({type(error).__name__})") from error
+        raise Damaged(f"{path}: not a checkpoint that can be trusted ({type(error).__name__})") from error
     if not isinstance(state, dict):
-        raise BadData(f"{path}: holds a {type(state).__name__}, not a state")
+        raise Damaged(f"{path}: holds a {type(state).__name__}, not a state")
     return state
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from runner.checkpoint import load, loads
+from runner.checkpoint import Checkpoints, load, loads, read_manifest
 from runner.faults import BadData, MissingInput
 from runner.files import write_atomic
 
@@ -32,7 +32,8 @@ class Weights:
 def save_weights(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write a safetensors file that says what it is."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "config": json.dumps(config), "sha256": _digest(plain)}
+    said = json.dumps(config)
+    header = {"format": FORMAT, "config": said, "sha256": _digest(plain, said)}
     write_atomic(path, save(plain, metadata=header))
 
 
@@ -49,21 +50,39 @@ def read_weights(path: Path) -> Weights:
         )
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
-    manifest = path.with_suffix(".json")
-    if re.fullmatch(r"step-\d+", path.stem) and manifest.is_file():
-        found = load(manifest)
-        return Weights(found.state["model"], found.manifest.get("config", {}), path)
-    return Weights(_foreign(loads(path), path), source=path)
+    manifest = _manifest_of(path)
+    if manifest is None:
+        return Weights(_foreign(loads(path), path), source=path)
+    found = load(manifest)
+    best = path.name.startswith("best-") and found.best
+    return Weights(best or _evaluated(found.state), found.manifest.get("config", {}), path)
+
+
+def _manifest_of(path: Path) -> Path | None:
+    """The manifest that vouches for a file of a run's checkpoints; None for a file from elsewhere."""
+    if re.fullmatch(r"step-\d+", path.stem):
+        manifest = path.with_suffix(".json")
+        return manifest if manifest.is_file() else None
+    names = re.fullmatch(r"best-\d+\.pt", path.name)
+    beside = Checkpoints(path.parent).manifests() if names else []
+    return next((m for m in beside if (read_manifest(m)["best"] or {}).get("file") == path.name), None)
+
+
+def _evaluated(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that the run would evaluate: their average where one is kept."""
+    if state.get("ema") is None:
+        return dict(state["model"])
+    return {name.removeprefix("module."): t for name, t in state["ema"].items() if name.startswith("module.")}
 
 
 def _from_folder(folder: Path) -> Weights:
     if (folder / "weights.safetensors").is_file():
         return _from_safetensors(folder / "weights.safetensors")
-    manifests = sorted((folder / "checkpoints").glob("step-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+    manifests = Checkpoints(folder / "checkpoints").manifests()
     if not manifests:
         raise MissingInput(f"{folder}: holds neither weights.safetensors nor a checkpoint; is it a run folder?")
-    found = load(manifests[-1])
-    return Weights(found.best or found.state["model"], found.manifest.get("config", {}), manifests[-1])
+    found = load(manifests[0])
+    return Weights(found.best or _evaluated(found.state), found.manifest.get("config", {}), manifests[0])
 
 
 def _from_safetensors(path: Path) -> Weights:
@@ -73,11 +92,11 @@ def _from_safetensors(path: Path) -> Weights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise BadData(f"{path}: not a safetensors file that can be read ({error})") from error
-    if header.get("format") != FORMAT:
+    if not header.keys() & {"config", "sha256"}:
         return Weights(tensors, source=path)
-    if header.get("sha256") != _digest(tensors):
-        raise BadData(f"{path}: damaged: its checksum is not the one that was saved")
-    return Weights(tensors, json.loads(header.get("config", "{}")), path)
+    if header.get("format") != FORMAT or header.get("sha256") != _digest(tensors, header.get("config", "")):
+        raise BadData(f"{path}: damaged, or of another version: its checksum is not the one that was saved")
+    return Weights(tensors, json.loads(header["config"]), path)
 
 
 def _foreign(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -89,9 +108,9 @@ def _foreign(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and raw bytes, in the order of names."""
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], config: str) -> str:
+    """SHA-256 over the config, and names, types, shapes and raw bytes in the order of names."""
+    digest = hashlib.sha256(config.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
