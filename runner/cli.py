@@ -2,10 +2,11 @@
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from runner.faults import Exit, RunnerError
+from runner.faults import ConfigError, Exit, Fault, exit_code, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("runner.verbs:train", "train one configuration (what happens without a verb)"),
@@ -14,34 +15,31 @@ VERBS: dict[str, tuple[str, str]] = {
     "dashboard": ("runner.verbs:dashboard", "draw the dashboard of run folders again: dashboard FOLDER …"),
 }
 SWEEP = {"-m", "--multirun"}
+MEANINGS = {
+    Exit.OUT_OF_MEMORY: "out of memory; try a smaller batch_size= or trainer.accumulate=2, and run the same command again",
+    Exit.INTERNAL: "an error of the program itself (above); the run folder keeps its last checkpoint",
+}
 HYDRA = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--package", "-p", "--resolve"}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
-    sys.exit(int(run(list(sys.argv[1:] if words is None else words))))
+    warnings.formatwarning = lambda message, *_, **__: f"runner: warning: {message}\n"
+    sys.exit(run(list(sys.argv[1:] if words is None else words)))
 
 
 def run(words: list[str]) -> int:
     """The exit code of a command line; every error is one message on stderr."""
     try:
         return _dispatch(words)
-    except RunnerError as error:
-        print(f"runner: {error}", file=sys.stderr)
-        return int(error.code)
     except KeyboardInterrupt:
         return 130
-    except MemoryError:
-        return _out_of_memory()
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error):
-            return _out_of_memory()
-        return _internal()
-    except OSError as error:
-        print(f"runner: {error}", file=sys.stderr)
-        return int(Exit.IO)
-    except Exception:
-        return _internal()
+    except Exception as error:
+        code = exit_code(error)
+        if code == Exit.INTERNAL:
+            traceback.print_exc()
+        print(f"runner: {MEANINGS.get(code, error)}", file=sys.stderr)
+        return int(code)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -57,6 +55,11 @@ def _dispatch(words: list[str]) -> int:
         from runner.sweep import hand_to_hydra
 
         return hand_to_hydra(words)
+    if words and words[0].isidentifier() and words[0] not in VERBS:
+        message = (
+            f"{words[0]!r} is neither a verb nor key=value.{nearest(words[0], list(VERBS))} Verbs: {', '.join(VERBS)}"
+        )
+        raise ConfigError([Fault("", message)])
     name = words[0] if words and words[0] in VERBS else "train"
     rest = words[1:] if words and words[0] in VERBS else words
     return _load(VERBS[name][0])(rest)
@@ -65,17 +68,3 @@ def _dispatch(words: list[str]) -> int:
 def _load(path: str) -> Callable[[list[str]], int]:
     module, _, function = path.partition(":")
     return getattr(import_module(module), function)  # type: ignore[no-any-return]
-
-
-def _out_of_memory() -> int:
-    print(
-        "runner: out of memory; try a smaller batch_size= or trainer.accumulate=2, and run the same command again",
-        file=sys.stderr,
-    )
-    return int(Exit.OUT_OF_MEMORY)
-
-
-def _internal() -> int:
-    traceback.print_exc()
-    print("runner: an error of the program itself (above); the run folder keeps its last checkpoint", file=sys.stderr)
-    return int(Exit.INTERNAL)

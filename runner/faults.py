@@ -1,6 +1,7 @@
 """Errors for people: what was wrong, where, what is accepted; and the exit codes of the whole program."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -85,6 +86,20 @@ class Preempted(RunnerError):
     """A signal asked the run to stop; it is saved and goes on when it is started again."""
 
     code = Exit.PREEMPTED
+
+
+def exit_code(error: BaseException) -> Exit:
+    """The exit code that an error ends the program with, whoever raised it."""
+    match error:
+        case RunnerError():
+            return error.code
+        case MemoryError():
+            return Exit.OUT_OF_MEMORY
+        case OSError():
+            return Exit.IO
+        case RuntimeError() if re.search("out of memory|DefaultCPUAllocator", str(error), re.IGNORECASE):
+            return Exit.OUT_OF_MEMORY  # torch has no type of its own for it on the CPU
+    return Exit.INTERNAL
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

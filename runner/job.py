@@ -16,7 +16,7 @@ from quant.saved import saved_bytes_per_sample
 from runner.config import config_hash, flat
 from runner.cost import Cost, cost_of
 from runner.environment import environment, peak_memory_bytes, pick_device, prepare
-from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, RunnerError, StorageError
+from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, StorageError, exit_code
 from runner.files import write_atomic, write_json
 from runner.folder import LAYERS, RunFolder, run_path, status_of
 from runner.log import cell
@@ -84,9 +84,8 @@ def _note_failure(folder: RunFolder, error: BaseException) -> None:
     """Say in status.json why the run ended, where the disk still takes it."""
     states = {Preempted: "preempted", Diverged: "diverged"}
     state = next((name for kind, name in states.items() if isinstance(error, kind)), "failed")
-    code = error.code if isinstance(error, RunnerError) else Exit.INTERNAL
     try:
-        folder.status(state, int(code), str(error) or type(error).__name__)
+        folder.status(state, int(exit_code(error)), str(error) or type(error).__name__)
     except StorageError:
         return
 

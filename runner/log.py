@@ -59,8 +59,11 @@ class CsvLog:
 
     def clear(self) -> None:
         """Start over with the header alone."""
-        os.ftruncate(self._handle, 0)
-        self._append(",".join(self.columns))
+        try:
+            os.ftruncate(self._handle, 0)
+            self._append(",".join(self.columns))
+        except OSError as error:
+            raise StorageError(f"{self.path}: {reason(error)}") from error
 
     def _digest(self, size: int) -> str:
         digest, position = hashlib.sha256(), 0
@@ -85,7 +88,7 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     text = str(value)
-    if isinstance(value, str) and text.startswith(("=", "+", "-", "@", "\t")):
+    if isinstance(value, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")):
         text = "'" + text
     quoted = any(c in text for c in ',"\n\r')
     return '"' + text.replace('"', '""') + '"' if quoted else text
