@@ -3,7 +3,7 @@
 A quantizer is a *rewrite of layers*: it is handed a plain float layer and gives back its own layer, built from that one
 (`Quantizer.layer`). `quant.surgery.quantize_` walks a model and does so under ordered rules.
 
-To add a method: one file in this folder with a class as below, one YAML in conf/quant/ with the same keys. Nothing else is edited.
+To add a method: one file in this folder with a class as below, and one YAML in conf/quant/ with the same keys. No other is edited.
 
     @register("mine")
     @dataclass(frozen=True, kw_only=True)
@@ -14,16 +14,13 @@ To add a method: one file in this folder with a class as below, one YAML in conf
         def layer(self, module: nn.Module) -> nn.Module: ...
 """
 
-import difflib
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from torch import Tensor, nn
+
+from quant.registry import Registry
 
 FLOAT = 32  # bits of a tensor that a method leaves alone
 
@@ -80,31 +77,5 @@ class Quantizer(ABC):
         """
 
 
-Q = TypeVar("Q", bound=type[Quantizer])
-QUANTIZERS: dict[str, type[Quantizer]] = {}
-
-
-def register(name: str) -> Callable[[Q], Q]:
-    """Make a quantizer known under the name that configs use."""
-
-    def add(cls: Q) -> Q:
-        cls.name = name
-        QUANTIZERS[name] = cls
-        return cls
-
-    return add
-
-
-def find(name: str) -> type[Quantizer]:
-    """The quantizer of that name. Raises ValueError with the known names.
-
-    >>> find("xnor").__name__
-    'Xnor'
-    """
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{module.name}")
-    if name not in QUANTIZERS:
-        near = difflib.get_close_matches(name, QUANTIZERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown quantizer {name!r}; known: {', '.join(sorted(QUANTIZERS))}.{hint}")
-    return QUANTIZERS[name]
+QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
+register, find = QUANTIZERS.register, QUANTIZERS.find

@@ -18,14 +18,15 @@ The runner builds a classifier from its config and calls `apply_` on the float m
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from quant.registry import Registry
 
 Kind = Literal["hadamard", "orthonormal"]
 
@@ -177,30 +178,8 @@ class Classifier(ABC):
         """Rewrite the float model in place. Raises ValueError, naming what is accepted, where that is impossible."""
 
 
-C = TypeVar("C", bound=type[Classifier])
-CLASSIFIERS: dict[str, type[Classifier]] = {}
-
-
-def register(name: str) -> Callable[[C], C]:
-    """Make a classifier known under the name that configs use."""
-
-    def add(cls: C) -> C:
-        cls.name = name
-        CLASSIFIERS[name] = cls
-        return cls
-
-    return add
-
-
-def find(name: str) -> type[Classifier]:
-    """The classifier of that name. Raises ValueError with the known names.
-
-    >>> find("fixed").__name__
-    'Fixed'
-    """
-    if name not in CLASSIFIERS:
-        raise ValueError(f"unknown classifier {name!r}; known: {', '.join(sorted(CLASSIFIERS))}")
-    return CLASSIFIERS[name]
+CLASSIFIERS: Registry[type[Classifier]] = Registry("classifier")
+register, find = CLASSIFIERS.register, CLASSIFIERS.find
 
 
 @register("learned")

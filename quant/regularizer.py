@@ -3,20 +3,16 @@
 A regularizer is a frozen dataclass of settings under `@register("name")`, its fields the keys of conf/regularizer/NAME.yaml.
 `attach(model)` gives a `Penalty`, which from then on watches every forward pass of training and is asked after each:
 
-    penalty = find("rounding_margin")(weight=0.1).attach(model)    # once, after calibration
+    penalty = find("rounding_margin")(weight=1.0).attach(model)    # once, after calibration
     loss = cross_entropy(model(x), y) + penalty.value()            # value() forgets what it has counted
-    penalty.weight = 0.05                                          # a regime may drive it
+    penalty.weight = 0.5                                           # a regime may drive it
     penalty.figures()                                              # per layer, for the epoch's record
 """
 
-import difflib
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Interval
@@ -25,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from quant.learned_step import StepQuantizer
+from quant.registry import Registry
 from quant.surgery import quantized_layers
 
 
@@ -32,6 +29,11 @@ class Penalty:
     """What a regularizer asks of one model. This one asks nothing."""
 
     weight: float = 0.0
+    shares: dict[str, tuple[Tensor, int]]
+    """What `figures` is made of, summed since the last call: part of the state of a run."""
+
+    def __init__(self) -> None:
+        self.shares = {}
 
     def value(self) -> Tensor:
         """weight * penalty of the forward passes since the last call: a number to add to the loss of these passes."""
@@ -56,34 +58,8 @@ class Regularizer(ABC):
         """Begin to watch a model. Raises ValueError where the model has nothing that it could watch."""
 
 
-R = TypeVar("R", bound=type[Regularizer])
-REGULARIZERS: dict[str, type[Regularizer]] = {}
-
-
-def register(name: str) -> Callable[[R], R]:
-    """Make a regularizer known under the name that configs use."""
-
-    def add(cls: R) -> R:
-        cls.name = name
-        REGULARIZERS[name] = cls
-        return cls
-
-    return add
-
-
-def find(name: str) -> type[Regularizer]:
-    """The regularizer of that name. Raises ValueError with the known names.
-
-    >>> find("rounding_margin").__name__
-    'RoundingMargin'
-    """
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{module.name}")
-    if name not in REGULARIZERS:
-        near = difflib.get_close_matches(name, REGULARIZERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown regularizer {name!r}; known: {', '.join(sorted(REGULARIZERS))}.{hint}")
-    return REGULARIZERS[name]
+REGULARIZERS: Registry[type[Regularizer]] = Registry("regularizer")
+register, find = REGULARIZERS.register, REGULARIZERS.find
 
 
 @register("none")
@@ -155,9 +131,9 @@ class MarginPenalty(Penalty):
     """Collects L of every watched tensor while the model trains; nothing in eval or without gradients."""
 
     def __init__(self, model: nn.Module, settings: "RoundingMargin") -> None:
+        super().__init__()
         self.weight = settings.weight
         self._passes: list[Measured] = []
-        self._shares: dict[str, tuple[Tensor, int]] = {}
         self._handles = list(_watch(model, settings, self._passes))
         if not self._handles:
             raise ValueError(
@@ -169,15 +145,15 @@ class MarginPenalty(Penalty):
         total = torch.zeros(())
         for name, loss, share in self._passes:
             total = total + loss
-            known, count = self._shares.get(name, (torch.zeros(()), 0))
-            self._shares[name] = known + share.detach(), count + 1
+            known, count = self.shares.get(name, (torch.zeros(()), 0))
+            self.shares[name] = known + share.detach(), count + 1
         self._passes.clear()
         return self.weight * total
 
     def figures(self) -> dict[str, float]:
         """Share of values within the margin of a threshold."""
-        figures = {name: float(total) / count for name, (total, count) in self._shares.items()}
-        self._shares.clear()
+        figures = {name: float(total) / count for name, (total, count) in self.shares.items()}
+        self.shares.clear()
         return figures
 
     def remove(self) -> None:
@@ -232,7 +208,7 @@ class RoundingMargin(Regularizer):
     (True, 0.0)
     """
 
-    weight: Annotated[float, Ge(0)] = 0.1
+    weight: Annotated[float, Ge(0)] = 1.0
     margin: Annotated[float, Interval(gt=0, le=0.5)] = 0.25
     target: Literal["partial_sums", "weights"] = "partial_sums"
 

@@ -12,6 +12,9 @@ from torch import nn
 
 from models.base import build as build_float_model
 from quant.base import find
+from quant.classifier import find as find_classifier
+from quant.regularizer import Penalty, Regularizer
+from quant.regularizer import find as find_regularizer
 from quant.surgery import LayerRow, Rule, quantize_
 from runner.faults import ConfigError, Fault
 from runner.schema import DataPhase, Phase, QuantConfig, RunConfig
@@ -36,6 +39,7 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
     torch.manual_seed(config.seed)
     shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     model = _asking("model", build_float_model, config.model.name, **shape, **config.model.arguments)
+    _asking("classifier", lambda: find_classifier(config.classifier.name)(**config.classifier.arguments).apply_(model))
     weights = read_weights(Path(config.pretrained)) if config.pretrained else None
     loaded = load_matching(model, weights.tensors) if weights else set()
     rows = _asking("quant", quantize_, model, quantizer_of(config.quant), rules_of(config.quant))
@@ -50,6 +54,20 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
 def quantizer_of(config: QuantConfig) -> Any:
     """The quantizer with its settings."""
     return _asking("quant", lambda: find(config.name)(**config.arguments))
+
+
+def regularizer_of(config: RunConfig) -> Regularizer:
+    """The regularizer with its settings."""
+    found: Regularizer = _asking(
+        "regularizer", lambda: find_regularizer(config.regularizer.name)(**config.regularizer.arguments)
+    )
+    return found
+
+
+def watch(regularizer: Regularizer, model: nn.Module) -> Penalty:
+    """Attach a regularizer; a model without anything to watch is a fault of the config."""
+    penalty: Penalty = _asking("regularizer", regularizer.attach, model)
+    return penalty
 
 
 def rules_of(config: QuantConfig) -> list[Rule]:

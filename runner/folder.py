@@ -21,7 +21,7 @@ METRICS = (
 )
 TIMING = "epoch step seconds images_per_s eval_seconds peak_memory_bytes saved_bytes_per_sample".split()
 LAYERS = "layer kind becomes weight_bits act_bits grad_bits parameters macs why".split()
-HEALTH = "epoch layer clip_ratio step_size flip_rate code_entropy grad_norm".split()
+HEALTH = "epoch layer clip_ratio step_size flip_rate code_entropy grad_norm near_threshold".split()
 
 
 def run_path(config: RunConfig) -> Path:

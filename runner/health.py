@@ -26,20 +26,22 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def health_rows(
-    model: nn.Module, images: Tensor, before: dict[str, Tensor], norms: dict[str, float]
+    model: nn.Module, images: Tensor, before: dict[str, Tensor], norms: dict[str, float], shares: dict[str, float]
 ) -> Iterable[dict[str, Any]]:
-    """What quant.csv says about one epoch; `before` are the codes at its start."""
+    """What quant.csv says about one epoch; `before` are the codes at its start, `norms` and `shares` what it gathered."""
     training = model.training
     figures = health(model.eval(), images)
     model.train(training)
     now = codes_of(model)
     for name in quantized_layers(model):
-        own: dict[str, float | None] = {key: value for key, value in figures.get(name, {}).items() if key in {"clip_ratio", "step_size"}}
+        own: dict[str, float | None] = {
+            key: value for key, value in figures.get(name, {}).items() if key in {"clip_ratio", "step_size"}
+        }
         codes = now.get(name)
         if codes is not None:
             own |= {"flip_rate": _flip_rate(before.get(name), codes), "code_entropy": _entropy(codes)}
         if own or name in norms:
-            yield {"layer": name, "grad_norm": norms.get(name)} | own
+            yield {"layer": name, "grad_norm": norms.get(name), "near_threshold": shares.get(name)} | own
 
 
 def _flip_rate(before: Tensor | None, now: Tensor) -> float | None:

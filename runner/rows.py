@@ -25,7 +25,7 @@ def write_epoch(run: Run, result: Result, eval_seconds: float) -> None:
     images, _ = next(iter(run.data.val.batches(seed=0, epoch=0, **run.sizes())))
     if run.transform:
         images = run.transform(images)
-    for row in health_rows(run.model, images, run.codes, run.progress.grad_norms):
+    for row in health_rows(run.model, images, run.codes, run.progress.grad_norms, run.penalty.figures()):
         run.folder.health.row({"epoch": run.progress.epoch} | row)
     run.folder.status("running", epoch=run.progress.epoch + 1, step=run.progress.step)
     if not run.screen.live:

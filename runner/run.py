@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from quant.regularizer import Penalty
 from quant.surgery import LayerRow, calibrate_
 from runner.accelerate import accelerate
-from runner.build import build, phases_of
+from runner.build import build, phases_of, regularizer_of, watch
 from runner.checkpoint import Checkpoints
 from runner.config import config_hash, flat
 from runner.data import Data, load
@@ -67,6 +68,7 @@ class Run:
         self.ema = _average(self.model, config.trainer.ema) if config.trainer.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None
+        self.penalty = Penalty()
         self.progress = Progress()
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images of this epoch
         self.codes = codes_of(self.model)
@@ -163,6 +165,8 @@ class Run:
             self.codes = codes_of(self.model)
             if self.ema is not None:
                 self.ema.module.load_state_dict(self.model.state_dict())
+        self.penalty = watch(regularizer_of(self.config), self.model)
+        self.penalty.shares |= found.state["penalty"] if found is not None else {}
         self._epoch_began = time.monotonic()
 
     def save(self) -> None:
@@ -199,6 +203,7 @@ class Run:
             "progress": asdict(self.progress),
             "sums": self.sums,
             "codes": self.codes,
+            "penalty": self.penalty.shares,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }

@@ -42,6 +42,7 @@ def train_epoch(run: Run) -> None:
         setting = run.setting()
         run.optimizer = optimizer_for(run.model, setting, run.optimizer)
         drive_(run.model, setting)
+        run.penalty.weight = setting.get("regularizer", run.penalty.weight)
         loss, right = train_step(run, run.optimizer, images, labels)
         run.sums += torch.stack([loss * len(labels), right, torch.tensor(len(labels), device=run.device)])
         progress.batch += 1
@@ -63,7 +64,8 @@ def train_step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, label
     loss, right = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
         logits = run.forward(x)
-        part = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) * (len(y) / len(labels))
+        part = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) + run.penalty.value()
+        part = part * (len(y) / len(labels))
         scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
         right += (logits.detach().argmax(1) == y).sum()
