@@ -15,6 +15,7 @@ from runner.faults import Locked
 from runner.files import NO_FOLLOW, reason, write_json
 from runner.log import CsvLog
 from runner.schema import RunConfig
+from runner.screen import Screen
 
 METRICS = (
     "epoch step phase lr batch_size input_size train_loss train_top1 val_loss val_top1 val_top5 best_val_top1".split()
@@ -76,6 +77,15 @@ def status_of(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def done_already(path: Path, screen: Screen) -> bool:
+    """Whether the run of a folder is finished; says so, and where it lies."""
+    if status_of(path).get("state") != "done":
+        return False
+    screen.say(f"this run is done already: {path}")
+    screen.point_to(path)
+    return True
 
 
 def _take_lock(path: Path, patience: float = 5.0) -> int:

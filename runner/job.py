@@ -18,7 +18,7 @@ from runner.cost import Cost, cost_of
 from runner.environment import environment, peak_memory_bytes, pick_device, prepare
 from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, StorageError, exit_code
 from runner.files import write_atomic, write_json
-from runner.folder import LAYERS, RunFolder, run_path, status_of
+from runner.folder import LAYERS, RunFolder, done_already, run_path
 from runner.log import cell
 from runner.run import Run
 from runner.schema import RunConfig
@@ -41,14 +41,16 @@ SHOWN = {
 MEASURED_ON = 8  # images of the batch on which the bytes saved for backward are measured
 
 
-def train(config: RunConfig) -> Path:
-    """Do a run that is not done yet, and say where it lies. Raises RunnerError; status.json then says the same."""
+def train(config: RunConfig, folder: RunFolder | None = None) -> Path:
+    """Do a run that is not done yet, and say where it lies. Raises RunnerError; status.json then says the same.
+
+    `folder`: the run's folder, where the caller holds its lock already; closed here.
+    """
     path, screen = run_path(config), Screen(config.trainer.progress)
-    if status_of(path).get("state") == "done":
-        screen.say(f"this run is done already: {path}")
-        return _point_to(path, screen)
+    if folder is None and done_already(path, screen):
+        return path
     stop = StopRequest()
-    folder = RunFolder(path)
+    folder = folder or RunFolder(path)
     try:
         folder.status("running", epochs=config.total_epochs)
         device = _device(config)
@@ -66,7 +68,8 @@ def train(config: RunConfig) -> Path:
         raise
     finally:
         folder.close()
-    return _point_to(path, screen)
+    screen.point_to(path)
+    return path
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -176,10 +179,3 @@ def _summary(run: Run, cost: Cost) -> dict[str, Any]:
 
 def _rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
-
-
-def _point_to(path: Path, screen: Screen) -> Path:
-    """The last line: where the dashboard lies."""
-    page = (path / "dashboard.html").resolve()
-    screen.say(f"dashboard: {page}" if page.is_file() else f"run folder: {path.resolve()}")
-    return path

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-
 
 PLAIN_WIDTH = 150
 
@@ -27,6 +27,11 @@ class Screen:
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(Text(text))
+
+    def point_to(self, folder: Path) -> None:
+        """The last line of a run: where its dashboard lies."""
+        page = (folder / "dashboard.html").resolve()
+        self.say(f"dashboard: {page}" if page.is_file() else f"run folder: {folder.resolve()}")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table; text cells to the left, numbers to the right."""

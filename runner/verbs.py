@@ -6,6 +6,7 @@ from pathlib import Path
 from runner.compose import Composition, checked, compose_words, config_from, keys_of, split_options
 from runner.dataset_files import train_samples
 from runner.faults import ConfigError, Exit, Fault, MissingInput
+from runner.folder import RunFolder, done_already, run_path
 from runner.regime import timeline
 from runner.schema import RunConfig
 from runner.screen import Screen
@@ -20,9 +21,13 @@ def train(words: Sequence[str]) -> int:
     if composition.raw.get("mode") == "evaluate":
         return _evaluate(overrides, composition)
     config = checked(composition)
+    path = run_path(config)
+    if done_already(path, Screen(config.trainer.progress)):
+        return int(Exit.DONE)
+    folder = RunFolder(path)  # before torch is loaded: a second process in the same folder is refused at once
     from runner.job import train as train_run
 
-    train_run(config)
+    train_run(config, folder)
     return int(Exit.DONE)
 
 
