@@ -132,10 +132,10 @@ class _RangeNorm(torch.autograd.Function):
         mean, s, gamma, *saved = ctx.saved_tensors
         at_high, at_low = tuple(saved[:4]), tuple(saved[4:8])
         g = (ctx.grad_map(g) if ctx.grad_map else g).to(mean.dtype)
-        centred = ctx.codec.decode(*saved[8:]).to(mean.dtype) - _channels(mean)
-        sum_g, dot = g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))
+        x = ctx.codec.decode(*saved[8:]).to(mean.dtype)
+        sum_g, dot = g.sum((0, 2, 3)), (x - _channels(mean)).mul_(g).sum((0, 2, 3))
         gain = (1 if gamma is None else gamma.to(mean.dtype)) / s
-        dx = (g - _channels(sum_g / (g.numel() // g.shape[1]))) * _channels(gain)
+        dx = (g - _channels(sum_g * g.shape[1] / g.numel())).mul_(_channels(gain))
         d_sigma = -gain * dot / s
         d_range = ctx.plan.weigh(d_sigma.expand(ctx.plan.count, -1), ctx.scale)
         dx.index_put_(at_high, d_range, accumulate=True)
@@ -149,13 +149,10 @@ def _channels(v: Tensor) -> Tensor:
 
 
 def normalise(x: Tensor, mean: Tensor, s: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    """gamma (x - mean) / s + beta for x (B, C, H, W), computed in float32 at least, in the dtype of x."""
-    y = (x.to(mean.dtype) - _channels(mean)) / _channels(s)
-    if gamma is not None:
-        y = y * _channels(gamma)
-    if beta is not None:
-        y = y + _channels(beta)
-    return y.to(x.dtype)
+    """gamma (x - mean) / s + beta for x (B, C, H, W), in the dtype of x; as x gain + shift, in float32 at least."""
+    gain = 1 / s if gamma is None else gamma / s
+    shift = -mean * gain if beta is None else beta - mean * gain
+    return torch.addcmul(_channels(shift), x.to(s.dtype), _channels(gain)).to(x.dtype)
 
 
 def range_norm(

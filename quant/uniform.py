@@ -1,18 +1,19 @@
 """Uniform quantization between a minimum and a maximum (the GEMMLOWP scheme of arXiv 1805.11046 and 1712.05877).
 
-A grid has 2^bits equally spaced values. With an integer `code` in [-zero, 2^bits - 1 - zero]:
+A grid has 2^bits equally spaced values, with codes from 0 to 2^bits - 1. There are two for the same range:
 
-    code = clamp(round((x - low) / step))        x_q = low + step * code        dL/dx = dL/dx_q (straight through)
+    zero_exact=False    code = clamp(round((x - min) / step))     x_q = code step + min        step = (max - min) / (2^bits - 1)
+    zero_exact=True     code = clamp(round(x / step) + zero)      x_q = (code - zero) step     zero = ceil(-min / step)
 
-The gradient is the identity also where x lies outside the grid: ranges here are measured, so hardly anything does, and an
-activation above the mean range of its batch still learns. `zero_exact` chooses between two grids for the same range:
+The first has exact end points, and 0 is generally none of its values. On the second zero is exact: padding, ReLU zeros and
+masked gradients stay zero, and an integer kernel needs no correction for them. Where 0 lies inside the range one of the
+2^bits - 1 steps pays for it. Both cover the whole range, so stochastic rounding is unbiased on both: nothing is clipped.
 
-    False   step = (max - min) / (2^bits - 1), low = min, zero = 0. The end points are exact; 0 generally is not on the grid.
-    True    low = 0 and `zero` an integer. Zero is exact: padding, ReLU zeros and masked gradients stay zero, and an integer
-            kernel needs no correction for them. Where 0 lies inside the range one of the 2^bits - 1 steps pays for it.
+    dL/dx = dL/dx_q                                                          straight through
 
-Both cover the whole range, so stochastic rounding is unbiased on both: nothing is clipped.
-Half and bfloat16 tensors are measured and rounded in float32. Ranges stay tensors: nothing waits for the device.
+also where x lies outside the grid: ranges here are measured, so hardly anything does, and an activation above the mean
+range of its batch still learns. Half and bfloat16 are measured and rounded in float32. Ranges stay tensors: nothing waits
+for the device.
 """
 
 from dataclasses import dataclass
@@ -25,52 +26,49 @@ from quant.functional import stochastic_round, straight_through
 
 
 class Grid(NamedTuple):
-    """x_q = low + step * code; stored codes are code + zero, 0 .. 2^bits - 1. Each broadcasts against the tensor."""
+    """x_q = (code - offset) step on a grid with an exact zero, else code step + offset. Both broadcast against x."""
 
     step: Tensor
-    zero: Tensor
-    low: Tensor
+    offset: Tensor
+    zero_exact: bool
 
 
 def grid(low: Tensor, high: Tensor, bits: int, zero_exact: bool = True) -> Grid:
     """The grid of 2^bits values that covers [low, high]; an empty range gives the smallest step, never a division by zero.
 
-    >>> [round(v, 4) for v in values(grid(torch.tensor(-1.0), torch.tensor(2.0), 2, zero_exact=False), 2)]
-    [-1.0, 0.0, 1.0, 2.0]
-    >>> [round(v, 4) for v in values(grid(torch.tensor(-1.0), torch.tensor(1.8), 3), 3)]
-    [-1.4, -0.9333, -0.4667, 0.0, 0.4667, 0.9333, 1.4, 1.8667]
+    >>> def values(g: Grid) -> list[float]:
+    ...     return [round(v, 4) for v in decode(torch.arange(4, dtype=torch.uint8), g).tolist()]
+    >>> values(grid(torch.tensor(-1.0), torch.tensor(1.4), 2, zero_exact=False))
+    [-1.0, -0.2, 0.6, 1.4]
+    >>> values(grid(torch.tensor(-1.0), torch.tensor(1.4), 2))
+    [-1.2, 0.0, 1.2, 2.4]
+    >>> values(grid(torch.tensor(0.0), torch.tensor(1.5), 2))
+    [0.0, 0.5, 1.0, 1.5]
     """
     wide = torch.promote_types(low.dtype, torch.float32)
     low, high = low.to(wide), high.to(wide)
     top, tiny = 2**bits - 1, torch.finfo(wide).tiny
     if not zero_exact:
-        step = (high / top - low / top).clamp_min(tiny)
-        return Grid(step, torch.zeros_like(step), low)
+        return Grid((high / top - low / top).clamp_min(tiny), low, False)
     low, high = low.clamp_max(0), high.clamp_min(0)
     steps = top - ((low < 0) & (high > 0)).to(wide)
     step = (high / steps - low / steps).clamp_min(tiny)
-    return Grid(step, torch.ceil(-low / step).clamp_max(top), torch.zeros_like(step))
-
-
-def values(grid: Grid, bits: int) -> list[float]:
-    """Every value of a grid with one step, from the smallest to the largest."""
-    return decode(torch.arange(2**bits, device=grid.step.device), grid).tolist()
+    return Grid(step, torch.ceil(-low / step).clamp_max(top), True)
 
 
 def round_to(x: Tensor, grid: Grid, bits: int, stochastic: bool = False) -> Tensor:
     """x_q in the dtype of x, nearest (ties to even) or stochastically, where E[x_q] = x inside the grid. No gradient."""
-    code = _code(x, grid, bits, stochastic)
-    return code.mul_(grid.step).add_(grid.low).to(x.dtype)
+    return _value(_code(x, grid, bits, stochastic), grid).to(x.dtype)
 
 
 def encode(x: Tensor, grid: Grid, bits: int) -> Tensor:
-    """The stored codes of x, 0 .. 2^bits - 1: uint8 up to 8 bits, else int16 after subtracting 2^15."""
-    code = _code(x, grid, bits).add_(grid.zero)
+    """The codes of x, 0 .. 2^bits - 1: uint8 up to 8 bits, else int16 after subtracting 2^15."""
+    code = _code(x, grid, bits)
     return code.to(torch.uint8) if bits <= 8 else code.sub_(2**15).to(torch.int16)
 
 
 def decode(codes: Tensor, grid: Grid) -> Tensor:
-    """The values of stored codes, in the dtype of the step: bit for bit what `round_to` gave for float32 and float64.
+    """The values of codes, in the dtype of the step: bit for bit what `round_to` gave for float32 and float64.
 
     >>> g = grid(torch.tensor(-1.0), torch.tensor(1.8), 8)
     >>> x = torch.tensor([-1.0, 0.0, 0.3, 1.8])
@@ -78,15 +76,23 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     True
     """
     code = codes.to(grid.step.dtype)
-    if codes.dtype == torch.int16:
-        code = code + 2**15
-    return (code - grid.zero) * grid.step + grid.low
+    return _value(code.add_(2**15) if codes.dtype == torch.int16 else code, grid)
 
 
 def _code(x: Tensor, grid: Grid, bits: int, stochastic: bool = False) -> Tensor:
-    scaled = x.to(grid.step.dtype).sub(grid.low).div_(grid.step)
-    rounded = stochastic_round(scaled) if stochastic else scaled.round_()
-    return rounded.clamp_(-grid.zero, 2**bits - 1 - grid.zero)
+    """Codes as floats, always in memory of their own."""
+    x = x.to(grid.step.dtype)
+    scaled = x / grid.step if grid.zero_exact else (x - grid.offset).div_(grid.step)
+    code = stochastic_round(scaled) if stochastic else scaled.round_()
+    if grid.zero_exact:
+        code.add_(grid.offset)
+    return code.clamp_(0, 2**bits - 1)
+
+
+def _value(code: Tensor, grid: Grid) -> Tensor:
+    if grid.zero_exact:
+        return code.sub_(grid.offset).mul_(grid.step)
+    return code.mul_(grid.step).add_(grid.offset)
 
 
 def fake_quantize(x: Tensor, grid: Grid, bits: int) -> Tensor:
@@ -129,11 +135,11 @@ class Codes:
     bits: int
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        return encode(x, self.grid, self.bits), *self.grid
+        return encode(x, self.grid, self.bits), self.grid.step, self.grid.offset
 
     def decode(self, *saved: Tensor) -> Tensor:
-        codes, *parts = saved
-        return decode(codes, Grid(*parts))
+        codes, step, offset = saved
+        return decode(codes, Grid(step, offset, self.grid.zero_exact))
 
 
 @dataclass(frozen=True)
