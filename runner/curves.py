@@ -48,10 +48,10 @@ PANELS = (
 )
 TIMELINE_PANELS = (
     Panel("lr", "Learning rate", (Series("lr", "learning rate"),), "major", "after", True, "above"),
-    Panel("momentum", "Momentum", (Series("momentum", "momentum"),), "major", "after", True, "above"),
-    Panel("weight_decay", "Weight decay", (Series("weight_decay", "weight decay"),), "minor third", "after", True),
-    Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), "minor third", "after", True),
-    Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), "minor third", "after", True),
+    Panel("momentum", "Momentum", (Series("momentum", "momentum"),), "minor", "after", True),
+    Panel("weight_decay", "Weight decay", (Series("weight_decay", "weight decay"),), "minor", "after", True),
+    Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), "minor", "after", True),
+    Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), "minor", "after", True),
 )
 HEALTH = {
     "clip_ratio": "Clipped values (share)",
@@ -98,7 +98,7 @@ def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
         for panel in TIMELINE_PANELS
         if points[panel.series[0].column].notna().any()
     ]
-    return f'{_controls(axes)}<div class="panels">{"".join(charts)}</div>', sheet
+    return f'{_controls(axes)}<div class="even">{"".join(charts)}</div>', sheet
 
 
 def _with_end(points: pd.DataFrame) -> pd.DataFrame:
