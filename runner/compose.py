@@ -54,20 +54,20 @@ def compose_words(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Comp
     result = Composition()
     with _configs():
         overrides = [o for word in words if (o := _parsed(word, result)) is not None]
-        choices = choices_of(config_dirs)
+        found = [folder for folder in config_dirs if Path(folder).is_dir()]
+        result.faults += [Fault("--config-dir", f"there is no folder {d}") for d in config_dirs if d not in found]
+        choices = choices_of(found)
         good = [
             _forced(o, choices) for o in overrides if _is_for_a_run(o, result) and _choice_exists(o, choices, result)
         ]
-        result.raw = _composed([*_search(config_dirs, result), *good], result)
+        result.raw = _composed([*search_path(found), *good], result)
     return result
 
 
-def _search(config_dirs: Sequence[str], result: Composition) -> list[str]:
+def search_path(config_dirs: Sequence[str]) -> list[str]:
     """The override that makes Hydra look into the user's own folders too."""
-    missing = [folder for folder in config_dirs if not Path(folder).is_dir()]
-    result.faults += [Fault("--config-dir", f"there is no folder {folder}") for folder in missing]
-    found = [_quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs if folder not in missing]
-    return [f"hydra.searchpath=[{','.join(found)}]"] if found else []
+    folders = [_quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs]
+    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
 def _quoted(text: str) -> str:

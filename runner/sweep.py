@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from runner.compose import conf_folder, config_from, expand, split_options
+from runner.compose import conf_folder, config_from, expand, search_path, split_options
 from runner.faults import ConfigError, Exit, Fault
 from runner.folder import run_path, status_of
 from runner.screen import Screen
@@ -35,24 +35,24 @@ def sweep(words: Sequence[str]) -> int:
 
 def _launch(words: Sequence[str], config_dirs: Sequence[str]) -> None:
     """Through Hydra's own sweeper and launcher, so that hydra/launcher=joblib and the like work as they do elsewhere."""
+    folders = [f"--config-dir={folder}" for folder in config_dirs]
+
+    def job(config: DictConfig) -> int:
+        """One job, in a process of its own: a crash, a kill or a lack of memory ends it alone."""
+        overrides = list(HydraConfig.get().overrides.task)
+        print(f"runner: {' '.join(overrides)}", flush=True)
+        command = [sys.executable, "-m", "runner", *folders, *overrides, "trainer.progress=plain"]
+        return subprocess.run(command, check=False).returncode
+
     argv = sys.argv
-    sys.argv = [argv[0], *words, "--multirun", *(f"--config-dir={folder}" for folder in config_dirs)]
+    sys.argv = [argv[0], *words, *search_path(config_dirs), "--multirun"]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except SystemExit as error:
         if error.code not in (None, 0, 1):
             raise
     finally:
         sys.argv = argv
-
-
-def _job(config: DictConfig) -> int:
-    """One job, in a process of its own: a crash, a kill or a lack of memory ends it alone."""
-    overrides = list(HydraConfig.get().overrides.task)
-    print(f"runner: {' '.join(overrides)}", flush=True)
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *overrides, "trainer.progress=plain"], check=False
-    ).returncode
 
 
 def hand_to_hydra(words: Sequence[str]) -> int:
@@ -71,7 +71,7 @@ def _report(paths: dict[Path, list[str]]) -> int:
             [
                 " ".join(job),
                 status.get("state", "never started"),
-                status.get("reason", "").splitlines()[:1] or "",
+                next(iter(status.get("reason", "").splitlines()), ""),
                 str(path),
             ]
         )
