@@ -20,45 +20,34 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant import matmul
 from quant.base import QuantizedLayer, Quantizer, register
 from quant.codecs import PowerOfTwo, Uniform
 from quant.frugal import Window, batch_norm, max_pool2d, relu
+from quant.layers import Conv2d, Linear, Matrix, rewrite
 
-# Without gradients every layer is the float layer that it replaced: evaluation stores nothing and draws no random numbers.
-
-
-class CodedConv2d(QuantizedLayer, nn.Conv2d):
-    """The convolution it is built from; its weight gradient is made from a copy of k bits of the input."""
-
-    def __init__(self, old: nn.Conv2d, settings: "ActGrad") -> None:
-        _take_over(self, old)
-        self.settings, self.shape = settings, matmul.Conv.of(old)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        return matmul.conv2d(x, self.weight, self.bias, self.shape, self.settings.codec(x))
+# Without gradients every layer computes what the float layer computes: evaluation stores nothing and draws no random numbers.
 
 
-class CodedLinear(QuantizedLayer, nn.Linear):
-    """The same for a linear layer."""
+class _Coded(QuantizedLayer, Matrix):
+    """y = W x + b in float; the weight gradient is made from a copy of k bits of x."""
 
-    def __init__(self, old: nn.Linear, settings: "ActGrad") -> None:
-        _take_over(self, old)
-        self.settings = settings
+    settings: "ActGrad"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        return matmul.linear(x, self.weight, self.bias, self.settings.codec(x))
+        codec = self.settings.codec(x) if torch.is_grad_enabled() else None
+        return self.product(x, self.weight, self.bias, codec)
+
+
+class CodedConv2d(_Coded, Conv2d):
+    """A convolution that remembers its input in k bits."""
+
+
+class CodedLinear(_Coded, Linear):
+    """A linear layer that remembers its input in k bits."""
 
 
 class MaskedReLU(QuantizedLayer, nn.ReLU):
     """ReLU that remembers a bit a value. Never in place: its input is nobody's to keep, so nothing is gained by it."""
-
-    def __init__(self, old: nn.ReLU) -> None:
-        _take_over(self, old)
 
     def forward(self, x: Tensor) -> Tensor:
         return relu(x) if torch.is_grad_enabled() else F.relu(x)
@@ -68,7 +57,7 @@ class PlacedMaxPool2d(QuantizedLayer, nn.MaxPool2d):
     """Max pool that remembers where in its window each maximum was."""
 
     def __init__(self, old: nn.MaxPool2d) -> None:
-        _take_over(self, old)
+        super().__init__(old.kernel_size, old.stride, old.padding, old.dilation, ceil_mode=old.ceil_mode)
         self.window = Window.of(old)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,9 +67,11 @@ class PlacedMaxPool2d(QuantizedLayer, nn.MaxPool2d):
 class CodedBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
     """Batch norm that remembers its normalised input in k bits. In eval mode it is plain batch norm."""
 
-    def __init__(self, old: nn.Module, settings: "ActGrad") -> None:
-        _take_over(self, old)
-        self.settings = settings
+    def __init__(self, old: nn.BatchNorm1d | nn.BatchNorm2d, settings: "ActGrad") -> None:
+        super().__init__(old.num_features, old.eps, old.momentum, device="meta")
+        self.weight, self.bias, self.settings = old.weight, old.bias, settings
+        for name, buffer in old.named_buffers():
+            setattr(self, name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
@@ -91,11 +82,6 @@ class CodedBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dimensions: the channels are the second."""
-
-
-def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Make `new` the module that `old` is, with its very parameters, buffers, hooks and mode."""
-    new.__dict__.update({name: v.copy() if isinstance(v, dict) else v for name, v in old.__dict__.items()})
 
 
 @register("actgrad")
@@ -129,12 +115,10 @@ class ActGrad(Quantizer):
 
     def layer(self, module: nn.Module) -> nn.Module | None:
         match module:
-            case nn.Conv2d():
-                return CodedConv2d(module, self)
-            case nn.Linear():
-                return CodedLinear(module, self)
+            case nn.Conv2d() | nn.Linear():
+                return rewrite(module, self, CodedConv2d, CodedLinear)
             case nn.ReLU() if self.relu_mask:
-                return MaskedReLU(module)
+                return MaskedReLU()
             case nn.MaxPool2d() if self.pool_index and _can_place(module):
                 return PlacedMaxPool2d(module)
             case nn.BatchNorm1d() | nn.BatchNorm2d() if self.norm == "quantized" and _is_plain(module):
