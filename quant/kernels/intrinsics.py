@@ -61,7 +61,7 @@ def store_words(builder: Builder, words: Value, address: Value, index: Value) ->
 
 def zeroed(builder: Builder, vector: Any, count: int) -> list[Value]:
     """Local variables that start at 0; LLVM keeps them in registers."""
-    slots = [cgutils.alloca_once(builder, vector) for _ in range(count)]
+    slots = [cgutils.alloca_once(builder, vector) for _ in range(count)]  # type: ignore[no-untyped-call]
     for slot in slots:
         builder.store(lanes(0, vector), slot)
     return slots
@@ -81,7 +81,8 @@ def splat(builder: Builder, scalar: Value, of: ir.VectorType = WORDS) -> Value:
 def call(builder: Builder, name: str, result: Any, *arguments: Value) -> Value:
     """Call an LLVM intrinsic by its full name."""
     signature = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+    function = cgutils.get_or_insert_function(builder.module, signature, name)  # type: ignore[no-untyped-call]
+    return builder.call(function, arguments)
 
 
 def popcount(builder: Builder, words: Value) -> Value:
@@ -150,7 +151,7 @@ def ticket(builder: Builder, counter: Value) -> Value:
 @emitted
 def clear(builder: Builder, address: Value, size: Value) -> None:
     """Set `size` bytes to 0."""
-    cgutils.memset(builder, at(builder, address, 0, I8), size, 0)
+    cgutils.memset(builder, at(builder, address, 0, I8), size, 0)  # type: ignore[no-untyped-call]
 
 
 @emitted

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from quant.kernels.conv import ENTRIES, JOB, SHAPES, ConvJob
 from quant.kernels.machine import Processor, compiled, run, threads_for
-from quant.kernels.packing import memory_format, pack_activations, packed_channels_last
+from quant.kernels.packing import dense_bits, memory_format, pack_activations
 from quant.kernels.weights import PackedWeight
 
 CACHED_WEIGHTS = 384 * 1024  # bytes of weights that pass over all images before the next ones
@@ -98,7 +98,7 @@ def conv2d_of_packed(
             f"the weight takes {weight.in_channels} packed channels; given {acts.dtype} {tuple(acts.shape)}, "
             f"accepted torch.int32 (N, {-(-weight.in_channels // 32)}, H, W)"
         )
-    acts_last = packed_channels_last(acts)
+    acts, acts_last = dense_bits(acts)
     last = acts_last if channels_last is None else channels_last
     steps = (stride, stride) if isinstance(stride, int) else stride
     plan, shape, scratch_size, threads = _plan(

@@ -19,6 +19,7 @@ PATH_VARIABLE = "QUANT_KERNELS_PATH"
 _NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), "avx2": ("avx2",), "portable": ()}
 Address = int
 Function = TypeVar("Function", bound=Callable[..., Any])
+_config: Any = numba.config
 _forked = False
 
 
@@ -33,7 +34,7 @@ os.register_at_fork(after_in_child=_remember_fork)
 @functools.cache
 def processors() -> tuple[Processor, ...]:
     """The code paths that this processor can run, the fastest first."""
-    chosen = numba.config.CPU_FEATURES  # a user who compiles for another processor says so to Numba
+    chosen = _config.CPU_FEATURES  # a user who compiles for another processor says so to Numba
     has = binding.get_host_cpu_features() if chosen is None else {f[1:]: f[0] == "+" for f in chosen.split(",")}
     return tuple(path for path in PROCESSORS if all(has.get(feature) for feature in _NEEDS[path]))
 
@@ -82,13 +83,13 @@ def inlined(function: Function) -> Function:
 
 def compiled(function: Callable[[Any], None], job: np.dtype[Any]) -> Address:
     """Address of the machine code of `function(jobs)`, which reads its arguments from a record of type `job`."""
-    folder, config = cache_folder(), numba.config
-    signature = numba.types.void(numba.types.CPointer(numba.from_dtype(job)))
-    before, config.CACHE_DIR = config.CACHE_DIR, config.CACHE_DIR or folder or ""
+    folder = cache_folder()
+    signature = numba.types.void(numba.types.CPointer(numba.from_dtype(job)))  # type: ignore[no-untyped-call]
+    before, _config.CACHE_DIR = _config.CACHE_DIR, _config.CACHE_DIR or folder or ""
     try:
-        entry = numba.cfunc(signature, nopython=True, cache=folder is not None)(function)
+        entry: Any = numba.cfunc(signature, cache=folder is not None)(function)
     finally:
-        config.CACHE_DIR = before
+        _config.CACHE_DIR = before
     _keep_alive.append(entry)
     return int(entry.address)
 
@@ -131,7 +132,7 @@ def run(entry: Address, plan: bytes, now: Sequence[int], threads: int) -> None:
     Two zeros lead them: counters in the threads' common record, from which they draw scratch memory and tasks.
     """
     record = (ctypes.c_int64 * (len(plan) // 8)).from_buffer_copy(plan)
-    record[: len(now)] = now
+    record[: len(now)] = [*now]
     if threads == 1:
         _alone(entry)(ctypes.addressof(record))
     else:

@@ -161,9 +161,10 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def packed_channels_last(packed: Tensor) -> bool:
-    """The memory format of packed bits. Their strides say it even where there is only one word (up to 32 channels)."""
-    return packed.stride(1) == 1
+def dense_bits(packed: Tensor) -> tuple[Tensor, bool]:
+    """Packed bits without gaps, and whether they are channels_last: strides say so even for a single word."""
+    last = packed.stride(1) == 1
+    return packed.contiguous(memory_format=memory_format(last)), last
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
@@ -202,7 +203,7 @@ def unpack_signs(packed: Tensor, shape: Sequence[int], dtype: torch.dtype = torc
     """+1 and -1 in `shape`, in the memory format of the packed bits; dtype float32, bfloat16 or float16."""
     if dtype != torch.float32 and dtype not in HALF_TYPES:
         raise ValueError(f"signs unpack to float32, bfloat16 or float16, not {dtype}")
-    last = packed_channels_last(packed)
+    packed, last = dense_bits(packed)
     out = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format(last))
     _run(unpack_entry if dtype == torch.float32 else unpack_half_entry, out, last, packed)
     return out
@@ -210,7 +211,7 @@ def unpack_signs(packed: Tensor, shape: Sequence[int], dtype: torch.dtype = torc
 
 def masked(grad: Tensor, packed_mask: Tensor) -> Tensor:
     """grad (float32) where the mask's bit is set, else 0; in the memory format of the mask."""
-    last = packed_channels_last(packed_mask)
+    packed_mask, last = dense_bits(packed_mask)
     grad = grad.contiguous(memory_format=memory_format(last))
     out = torch.empty_like(grad)
     _run(mask_entry, grad, last, packed_mask, out)

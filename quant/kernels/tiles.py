@@ -96,7 +96,7 @@ def _nibble_tables(builder: Builder) -> Value:
     """Address of 16 tables of 32 bytes: popcount(nibble ^ w) for w = 0..15, twice, once for each half of a register."""
     numbers = [(nibble ^ w).bit_count() for nibble in range(16) for _ in range(2) for w in range(16)]
     constant = ir.Constant(ir.ArrayType(I8, len(numbers)), numbers)
-    table = cgutils.global_constant(builder, "nibble_tables", constant)
+    table: Value = cgutils.global_constant(builder, "nibble_tables", constant)  # type: ignore[no-untyped-call]
     table.align = 64
     return builder.ptrtoint(table, I64)
 
@@ -113,12 +113,13 @@ def _shuffle_row(
     run: Value,
     halves: list[Value],
 ) -> None:
-    """Add the popcounts of one kernel row, in pieces of 63 nibbles, to the 16-bit sums."""
+    """Add the popcounts of one kernel row, in equal pieces of at most 63 nibbles, to the 16-bit sums."""
     pieces = builder.sdiv(builder.add(run, I64(NIBBLES_PER_BYTE - 1)), I64(NIBBLES_PER_BYTE))
+    size = builder.sdiv(builder.sub(builder.add(run, pieces), I64(1)), pieces)
     with cgutils.for_range(builder, pieces) as piece:
         sums = zeroed(builder, BYTES, len(acts_of) * len(weights_of))
-        first = builder.mul(piece.index, I64(NIBBLES_PER_BYTE))
-        with cgutils.for_range(builder, smaller(builder, I64(NIBBLES_PER_BYTE), builder.sub(run, first))) as step:
+        first = builder.mul(piece.index, size)
+        with cgutils.for_range(builder, smaller(builder, size, builder.sub(run, first))) as step:
             nibble = builder.add(first, step.index)
             weight = [vector_at(builder, address, nibble, BYTES, 32) for address in weights_of]
             for p, address in enumerate(acts_of):

@@ -1,0 +1,133 @@
+"""How fast can this processor be at all? A loop with nothing but the instructions of a tile, no memory, no overhead.
+
+    python -m quant.kernels.limit        the limit of each code path, and the share that a convolution reaches
+
+The convolution and the limit run by turns: on a shared machine only their ratio means anything.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba.core import cgutils
+from numba.np.numpy_support import carray
+
+from quant.kernels.intrinsics import (
+    BYTES,
+    LANES,
+    WORDS,
+    Builder,
+    Value,
+    add_to,
+    call,
+    emitted,
+    popcount,
+    vector_at,
+    zeroed,
+)
+from quant.kernels.layers import conv2d_of_packed
+from quant.kernels.machine import Processor, compiled, processor, processors, run
+from quant.kernels.packing import pack_activations
+from quant.kernels.weights import pack_weight
+
+CHAINS = 16  # independent sums, more than the latency of an addition needs
+STEPS = 2000  # about as long as the convolution of one image
+
+
+class LimitJob(NamedTuple):
+    unused: int
+    also_unused: int
+    weights: int
+    steps: int
+
+
+JOB = np.dtype([(name, np.int64) for name in LimitJob._fields])
+
+
+def _loop(builder: Builder, address: Value, steps: Value, vector: Any, product: Callable[..., Value]) -> None:
+    """CHAINS times sum += product(sum, weight), over and over; the sums end in memory, so that LLVM keeps them."""
+    sums = zeroed(builder, vector, CHAINS)
+    weights = [vector_at(builder, address, steps.type(i), vector) for i in range(4)]
+    with cgutils.for_range(builder, steps):
+        for i, slot in enumerate(sums):
+            add_to(builder, slot, product(builder, builder.load(slot), weights[i % 4]))
+    for i, slot in enumerate(sums):
+        pointer = builder.gep(builder.inttoptr(address, vector.as_pointer()), [steps.type(i)])
+        builder.store(builder.load(slot), pointer, align=4)
+
+
+@emitted
+def popcount_loop(builder: Builder, address: Value, steps: Value) -> None:
+    """xor, popcount, add: 512 products of signs."""
+    _loop(builder, address, steps, WORDS, lambda builder, a, w: popcount(builder, builder.xor(a, w)))
+
+
+@emitted
+def shuffle_loop(builder: Builder, address: Value, steps: Value) -> None:
+    """table look-up, add: 128 products of signs."""
+    _loop(builder, address, steps, BYTES, lambda builder, a, w: call(builder, "llvm.x86.avx2.pshuf.b", BYTES, w, a))
+
+
+def popcount_limit(jobs: Any) -> None:
+    job = carray(jobs, 1)[0]
+    popcount_loop(job.weights, job.steps)
+
+
+def shuffle_limit(jobs: Any) -> None:
+    job = carray(jobs, 1)[0]
+    shuffle_loop(job.weights, job.steps)
+
+
+@functools.cache
+def _entry(path: Processor) -> int:
+    return compiled(shuffle_limit if path == "avx2" else popcount_limit, JOB)
+
+
+def limit_loop(path: Processor | None = None) -> tuple[Callable[[], None], int]:
+    """A function that runs the loop once on this thread, and how many products of signs (MACs) that is."""
+    path = path or processor()
+    memory = torch.randint(0, 1 << 30, (CHAINS * LANES,), dtype=torch.int32)
+    plan = np.array(LimitJob(0, 0, memory.data_ptr(), STEPS), np.int64).tobytes()
+    entry = _entry(path)
+
+    def once(keep: torch.Tensor = memory) -> None:
+        run(entry, plan, (), 1)
+
+    return once, STEPS * CHAINS * (128 if path == "avx2" else 32 * LANES)
+
+
+def by_turns(functions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each function, called by turns."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, times in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return seconds
+
+
+def share_of_limit(batch: int, channels: int, size: int, kernel: int, path: Processor) -> tuple[float, float, float]:
+    """GMAC/s of the limit and of the kernel (packed activations in, float32 out), and the median of their ratio."""
+    loop, loop_macs = limit_loop(path)
+    acts = pack_activations(torch.randn(batch, channels, size, size))
+    weight = pack_weight(torch.randn(channels, channels, kernel, kernel), kernel // 2, path=path)
+    macs = batch * (size * channels * kernel) ** 2
+    before, convolution, after = by_turns([loop, lambda: conv2d_of_packed(acts, weight), loop], rounds=301)
+    shares = [macs / c / (2 * loop_macs / (b + a)) for b, c, a in zip(before, convolution, after, strict=True)]
+    rate = statistics.median(loop_macs / s for s in before), statistics.median(macs / s for s in convolution)
+    return rate[0] / 1e9, rate[1] / 1e9, statistics.median(shares)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for path in processors():
+        for batch in (1, 16):
+            limit, kernel, share = share_of_limit(batch, 256, 14, 3, path)
+            print(
+                f"{path:9} batch {batch:2}: limit {limit:5.0f}, kernel {kernel:5.0f} GMAC/s, {share:4.0%} of the limit"
+            )
