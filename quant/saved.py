@@ -1,8 +1,8 @@
 """How many bytes autograd keeps between forward and backward: measured on the graph, not computed from the layers.
 
 Every tensor that a function saves passes through `torch.autograd.graph.saved_tensors_hooks`, those of custom functions and
-of compiled graphs too. A storage counts once and whole, however many tensors view it. What a function hides in an attribute of
-its context the hooks never see; the graph is searched for such tensors, and one of them is an error.
+of compiled graphs too. A storage counts once and whole, however many tensors view it. What a function keeps in an attribute of
+its context the hooks never see: the graph is searched for such tensors, and they count too.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +19,6 @@ from torch.nn import functional as F
 def saved_bytes(run: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> int:
     """Bytes kept for the backward pass of `run()`, without the storages of `exclude` (parameters, buffers).
 
-    Raises ValueError where a custom function keeps a tensor as an attribute of its context, unseen by autograd.
-
     >>> x = torch.ones(100, requires_grad=True)
     >>> saved_bytes(lambda: (x * x).sum()), saved_bytes(lambda: x.relu().sum()), saved_bytes(lambda: (2 * x).sum())
     (400, 400, 0)
@@ -34,7 +32,8 @@ def saved_bytes(run: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> in
 
     with torch.enable_grad(), saved_tensors_hooks(record, lambda tensor: tensor):
         result = run()
-    _refuse_hidden(result)
+    for tensor in _in_contexts(result):
+        record(tensor)
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
 
@@ -59,11 +58,10 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _refuse_hidden(result: Tensor) -> None:
+def _in_contexts(result: Tensor) -> Iterator[Tensor]:
     for node in _nodes(result.grad_fn):
-        hidden = [name for name, value in getattr(node, "__dict__", {}).items() if _holds_tensor(value)]
-        if hidden:
-            raise ValueError(f"{node.name()} keeps {', '.join(hidden)} in its context: use ctx.save_for_backward")
+        for value in getattr(node, "__dict__", {}).values():
+            yield from _tensors_in(value)
 
 
 def _nodes(root: Node | None) -> Iterator[Node]:
@@ -76,11 +74,15 @@ def _nodes(root: Node | None) -> Iterator[Node]:
             yield node
 
 
-def _holds_tensor(value: Any) -> bool:
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return True
-    if isinstance(value, dict):
-        return any(_holds_tensor(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds_tensor(v) for v in value)
-    return is_dataclass(value) and any(_holds_tensor(getattr(value, f.name)) for f in fields(value))
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors_in(inner)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors_in(getattr(value, field.name))

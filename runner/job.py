@@ -1,6 +1,5 @@
 """The life of one run: refuse or take up, show what was rewritten, train, test, and leave a folder that explains itself."""
 
-import copy
 import csv
 import io
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from quant.saved import saved_bytes_per_sample
 from runner.config import config_hash, flat
@@ -95,23 +95,29 @@ def _note_failure(folder: RunFolder, error: BaseException) -> None:
 
 def _preflight(run: Run) -> Cost:
     """Before step 0: what became of every layer and why, on screen and in layers.csv; what the network costs."""
-    images = run.first_images()[:MEASURED_ON]
-    labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
+    images = run.first_images()
     cost = cost_of(run.model, images[:1])
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        run.saved_bytes_per_sample = saved_bytes_per_sample(copy.deepcopy(run.model).train(), images, labels)
+    run.saved_bytes_per_sample = _saved_bytes(run, images[: 2 * MEASURED_ON])
     rows = [asdict(row) | {"macs": cost.layer_macs.get(row.layer, 0)} for row in run.rows]
     _write_layers(run.folder.path / "layers.csv", rows)
-    shown = ["layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "parameters", "macs", "why"]
     config = run.config
     title = (
         f"{config.model.name} · {config.quant.name} · {config.dataset.name} · seed {config.seed} → {run.folder.path}"
     )
-    run.screen.table(title, shown, [[row[key] for key in shown] for row in rows])
+    run.screen.table(title, list(SHOWN), [[row[key] for key in SHOWN.values()] for row in rows])
     run.screen.say(_cost_line(cost, run))
     for remark in run.remarks:
         run.screen.say(remark)
     return cost
+
+
+def _saved_bytes(run: Run, images: Tensor) -> int:
+    """Bytes for backward that one more image in the batch costs: what is kept once a batch (weights) drops out."""
+    labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
+    half = len(images) // 2
+    run.model.train()
+    whole, part = (saved_bytes_per_sample(run.model, images[:n], labels[:n]) * n for n in (len(images), half))
+    return round((whole - part) / (len(images) - half))
 
 
 def _write_layers(path: Path, rows: list[dict[str, Any]]) -> None:
