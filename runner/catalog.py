@@ -56,14 +56,16 @@ def catalog(plugins: tuple[str, ...] = ()) -> dict[str, dict[str, Component]]:
     for plugin in plugins:
         try:
             _add(found, plugin)
-        except (TypeError, SyntaxError, OSError) as error:
+        except (TypeError, SyntaxError, OSError, RecursionError) as error:
             raise ValueError(f"plugin {plugin!r} cannot be read: {error}") from error
     return found
 
 
 def _add(found: dict[str, dict[str, Component]], module: str) -> None:
     for component in _components(_Source.of(module)):
-        found[component.group][component.name] = component
+        owner = found[component.group].setdefault(component.name, component)
+        if owner is not component:
+            raise ValueError(f"{module}: the {component.group} name {component.name!r} is taken by {owner.module}")
 
 
 def _own_modules() -> Iterable[str]:
@@ -229,6 +231,8 @@ def _subscript(source: _Source, outer: str, inner: list[ast.expr]) -> Annotation
     if outer == "Annotated":
         constraints = tuple(_constraint(item) for item in inner[1:])
         return Annotated[(_annotation(source, inner[0]), *constraints)]
+    if outer not in {*TYPES, "Optional"}:
+        raise TypeError(f"{source.module}: configs cannot carry a {outer}[…]")
     arguments = tuple(_annotation(source, item) for item in inner)
     if outer == "Optional":
         return Optional[arguments[0]]  # noqa: UP045  (built at run time)
