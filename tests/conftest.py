@@ -1,0 +1,56 @@
+"""What all tests share: one thread for torch, how many examples hypothesis draws, and the command line as a real process."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share few cores
+settings.register_profile(
+    "suite",
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "200")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("suite")
+
+ROOT = Path(__file__).resolve().parent.parent
+Runner = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment(*paths: Path) -> dict[str, str]:
+    """The environment of a process that finds the packages of this checkout, and modules in `paths`."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *paths])), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    """`python -m runner` in a folder of its own; what it printed, and its exit code."""
+
+    def run(*words: str, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "runner", *words]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Gives back the signal handlers that a run in this process takes over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
