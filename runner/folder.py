@@ -10,19 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from runner.columns import HEALTH, METRICS, TIMING
 from runner.config import config_hash
 from runner.faults import Locked
 from runner.files import NO_FOLLOW, reason, write_json
 from runner.log import CsvLog
 from runner.schema import RunConfig
 from runner.screen import Screen
-
-METRICS = (
-    "epoch step phase lr batch_size input_size train_loss train_top1 val_loss val_top1 val_top5 best_val_top1".split()
-)
-TIMING = "epoch step seconds images_per_s eval_seconds peak_memory_bytes saved_bytes_per_sample".split()
-LAYERS = "layer kind becomes weight_bits act_bits grad_bits parameters macs why".split()
-HEALTH = "epoch layer clip_ratio step_size flip_rate code_entropy grad_norm near_threshold".split()
 
 
 def run_path(config: RunConfig) -> Path:

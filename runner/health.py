@@ -1,4 +1,4 @@
-"""Health of quantized layers, a row a layer and epoch: ranges that clip, steps that die, signs that flip, codes that stand idle."""
+"""Health of quantized layers, a row a layer and epoch: ranges that clip, steps that die, signs that flip, idle codes."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+import webbrowser
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -13,12 +14,14 @@ import yaml
 from torch import Tensor
 
 from quant.saved import saved_bytes_per_sample
+from runner.columns import LAYERS
+from runner.compose import defaults_of
 from runner.config import config_hash, flat
 from runner.cost import Cost, cost_of
 from runner.environment import environment, peak_memory_bytes, pick_device, prepare
 from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, StorageError, exit_code
 from runner.files import write_atomic, write_json
-from runner.folder import LAYERS, RunFolder, done_already, run_path
+from runner.folder import RunFolder, done_already, run_path
 from runner.log import cell
 from runner.run import Run
 from runner.schema import RunConfig
@@ -68,8 +71,24 @@ def train(config: RunConfig, folder: RunFolder | None = None) -> Path:
         raise
     finally:
         folder.close()
+    _draw(path, config, screen)
     screen.point_to(path)
     return path
+
+
+def _draw(path: Path, config: RunConfig, screen: Screen) -> None:
+    """The dashboard. A run is done or not without it: what goes wrong here is said, and no more."""
+    if config.trainer.dashboard == "none":
+        return
+    from runner.dashboard import write_dashboard
+
+    try:
+        page = write_dashboard(path, defaults_of(config))
+    except StorageError as error:
+        screen.say(f"no dashboard: {error}")
+        return
+    if config.trainer.dashboard == "open":
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -146,10 +165,6 @@ def _conclude(run: Run, cost: Cost) -> None:
     run.screen.say(
         f"test top1 {test.top1:.2f} % (weights of the {chosen} epoch; validation best {run.progress.best_top1:.2f} %)"
     )
-    if run.config.trainer.dashboard != "none":
-        from runner.dashboard import write_dashboard
-
-        write_dashboard(run.folder.path)
 
 
 def _summary(run: Run, cost: Cost) -> dict[str, Any]:

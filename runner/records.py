@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from runner.columns import HEALTH, LAYERS, METRICS, TIMING
 from runner.files import NO_FOLLOW
 
 if TYPE_CHECKING:
@@ -23,15 +24,6 @@ if TYPE_CHECKING:
 
 RUN_FILES = frozenset({"metrics.csv", "timing.csv", "layers.csv", "quant.csv", "summary.json", "status.json"})
 TEXT_COLUMNS = frozenset({"phase", "layer", "kind", "becomes", "why"})
-METRICS = (
-    "epoch", "step", "phase", "lr", "batch_size", "input_size",
-    "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "best_val_top1",
-)  # fmt: skip
-TIMING = (
-    "epoch", "step", "seconds", "images_per_s", "eval_seconds", "peak_memory_bytes", "saved_bytes_per_sample",
-)  # fmt: skip
-LAYERS = ("layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "parameters", "macs", "why")
-QUANT = ("epoch", "layer", "clip_ratio", "step_size", "flip_rate", "code_entropy", "grad_norm")
 LARGEST_FILE = 256 * 2**20
 DEEPEST_FOLDER = 8
 DEEPEST_YAML = 50
@@ -80,7 +72,7 @@ def read_run(folder: Path) -> Run:
         metrics=_table(folder / "metrics.csv", METRICS, problems),
         timing=_table(folder / "timing.csv", TIMING, problems),
         layers=_table(folder / "layers.csv", LAYERS, problems),
-        quant=_table(folder / "quant.csv", QUANT, problems, optional=True),
+        quant=_table(folder / "quant.csv", HEALTH, problems, optional=True),
         summary=_mapping(folder / "summary.json", json.loads, problems),
         status=_mapping(folder / "status.json", json.loads, problems),
         problems=problems,

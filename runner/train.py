@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant.surgery import quantized_layers
-from runner.sources import Source
 from runner.faults import Diverged, Preempted
 from runner.health import gradient_norms
 from runner.optim import optimizer_for
 from runner.regime import Setting
 from runner.rows import Result, write_epoch
 from runner.run import Run
+from runner.sources import Source
 
 LOOK_EVERY = 20  # steps between two looks at the loss on a GPU, where looking costs a synchronisation
 

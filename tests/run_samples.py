@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from runner.records import LAYERS, METRICS, QUANT, TIMING
+from runner.columns import HEALTH, LAYERS, METRICS, TIMING
 
 LENET = ("conv1", "conv2", "fc1", "fc2")
 RESNET = (
@@ -44,7 +44,7 @@ def make_run(
     write_csv(folder / "metrics.csv", METRICS, metrics)
     write_csv(folder / "timing.csv", TIMING, timing)
     write_csv(folder / "layers.csv", LAYERS, _layers(layers, words))
-    write_csv(folder / "quant.csv", QUANT, _health(epochs, layers, chance, words) if quant != "none" else [])
+    write_csv(folder / "quant.csv", HEALTH, _health(epochs, layers, chance, words) if quant != "none" else [])
     status = {"state": state, "exit_code": 0 if state == "done" else 20, "epoch": epochs, "epochs": epochs}
     status |= {
         "reason": words or ("" if state == "done" else "loss is not finite at step 812"),

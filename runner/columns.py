@@ -1,0 +1,13 @@
+"""Columns of the CSV files of a run: the interface between whoever writes them and whoever reads them."""
+
+METRICS = (
+    "epoch", "step", "phase", "lr", "batch_size", "input_size",
+    "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "best_val_top1",
+)  # fmt: skip
+TIMING = (
+    "epoch", "step", "seconds", "images_per_s", "eval_seconds", "peak_memory_bytes", "saved_bytes_per_sample",
+)  # fmt: skip
+LAYERS = ("layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "parameters", "macs", "why")
+HEALTH = (
+    "epoch", "layer", "clip_ratio", "step_size", "flip_rate", "code_entropy", "grad_norm", "near_threshold",
+)  # fmt: skip
