@@ -3,24 +3,26 @@
 q_k(v) = round((2^k - 1) v) / (2^k - 1)  for v in [0, 1], straight through in backward                          eq. 5, 6
 weights      k = 1:  E|W| sign(W), one scale for the whole layer, straight through                              eq. 7, 8
              k > 1:  2 q_k(tanh(W) / (2 max|tanh(W)|) + 1/2) - 1, in [-1, 1]                                    eq. 9
-activations  q_k(clip(x, 0, 1)): the input must be at home in [0, 1], as behind BN and ReLU                     eq. 11
+activations  q_k(clip(BN(x), 0, 1)): the paper's networks normalise in front of every quantizer                 eq. 11
 gradients    2 m [q_k(dy / (2 m) + 1/2 + N) - 1/2], m = max|dy| of the sample, N = U(-1/2, 1/2) / (2^k - 1)     eq. 12
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.codecs import Layout
-from quant.functional import sign, stochastic_round, straight_through
+from quant.functional import sign, straight_through
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.learned_step import StepCodes
 from quant.pack import WIDTHS
+from quant.uniform import grid, round_to
 
 
 def unit_quantize(v: Tensor, bits: int) -> Tensor:
@@ -29,9 +31,8 @@ def unit_quantize(v: Tensor, bits: int) -> Tensor:
     >>> unit_quantize(torch.tensor([0.0, 0.3, 0.6, 1.0]), 2).tolist()
     [0.0, 0.3333333432674408, 0.6666666865348816, 1.0]
     """
-    top = 2**bits - 1
-    codes = (v.detach().to(torch.promote_types(v.dtype, torch.float32)) * top).round()
-    return straight_through(v, (codes * (1 / top)).to(v.dtype))
+    top, wide = 2**bits - 1, torch.promote_types(v.dtype, torch.float32)
+    return straight_through(v, ((v.detach().to(wide) * top).round() * (1 / top)).to(v.dtype))
 
 
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
@@ -48,24 +49,22 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
 
 
 class _QuantizedGradient(torch.autograd.Function):
-    """y = x; dx as eq. 12, unbiased: E[dx] = dy."""
+    """y = x; dx as eq. 12, unbiased: E[dx] = dy. x (B, ...), rounded between -max and max of each sample."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        ctx.top = 2**bits - 1
+        ctx.bits = bits
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        wide = g.to(torch.promote_types(g.dtype, torch.float32))
-        peak = wide.abs().amax(list(range(1, g.dim())), keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-        codes = stochastic_round((wide / peak + 1) * (ctx.top / 2)).clamp_max(ctx.top)
-        return ((codes * (2 / ctx.top) - 1) * peak).to(g.dtype), None
+        peak = g.abs().amax(list(range(1, g.dim())), keepdim=True)
+        return round_to(g, grid(-peak, peak, ctx.bits, zero_exact=False), ctx.bits, stochastic=True), None
 
 
 def quantize_gradient(x: Tensor, bits: int) -> Tensor:
-    """x, whose gradient is rounded to 2^bits levels between -max and max of its sample. x (B, ...)"""
+    """x, whose gradient is rounded."""
     y: Tensor = _QuantizedGradient.apply(x, bits)
     return y
 
@@ -74,11 +73,15 @@ class _Dorefa(QuantizedLayer, Matrix):
     settings: "Dorefa"
 
     def prepare(self) -> None:
-        s = self.settings
+        s, w = self.settings, self.weight
         self.precision = Precision(s.weight_bits, s.act_bits, s.grad_bits or FLOAT)
+        kind, channels = (nn.BatchNorm2d if w.dim() == 4 else nn.BatchNorm1d), w.shape[1] * getattr(self, "groups", 1)
+        self.norm = kind(channels, device=w.device, dtype=w.dtype) if s.input_norm == "batch" else None
 
     def forward(self, x: Tensor) -> Tensor:
         bits = self.settings.act_bits
+        if self.norm is not None:
+            x = self.norm(x if x.dim() == 4 else x.flatten(0, -2)).view(x.shape)
         x = unit_quantize(x.clamp(0, 1), bits)
         step, zero = x.new_full((), 1 / (2**bits - 1)), x.new_zeros(())
         codec = StepCodes(Layout.of(x), min(width for width in WIDTHS if width >= bits), step, zero, None)
@@ -88,16 +91,19 @@ class _Dorefa(QuantizedLayer, Matrix):
     @torch.no_grad()
     def weight_codes(self) -> Tensor:
         """-1 and +1 at 1 bit, odd numbers from -(2^k - 1) to 2^k - 1 above."""
-        if self.settings.weight_bits == 1:
+        bits = self.settings.weight_bits
+        if bits == 1:
             return sign(self.weight).to(torch.int8)
-        top = 2**self.settings.weight_bits - 1
-        return quantize_weight(self.weight, self.settings.weight_bits).mul(top).round().to(torch.int16)
+        return quantize_weight(self.weight, bits).mul(2**bits - 1).round().to(torch.int16)
 
+    @torch.no_grad()
     def health(self, x: Tensor) -> dict[str, float]:
-        return {
-            "clip_ratio": ((x < 0) | (x > 1)).float().mean().item(),
-            "step_size": 1 / (2**self.settings.act_bits - 1),
-        }
+        """`clip_ratio`: the share of inputs outside [0, 1], normalised by the running figures."""
+        if (norm := self.norm) is not None:
+            flat = x if x.dim() == 4 else x.flatten(0, -2)
+            x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        clipped = ((x < 0) | (x > 1)).float().mean()
+        return {"clip_ratio": clipped.item(), "step_size": 1 / (2**self.settings.act_bits - 1)}
 
 
 class DorefaConv2d(_Dorefa, Conv2d):
@@ -116,6 +122,7 @@ class Dorefa(Quantizer):
     weight_bits: Annotated[int, Interval(ge=1, le=8)] = 4
     act_bits: Annotated[int, Interval(ge=1, le=8)] = 4
     grad_bits: Annotated[int, Interval(ge=1, le=8)] | None = None
+    input_norm: Literal["batch", "none"] = "batch"
 
     def layer(self, module: nn.Module) -> nn.Module:
         return rewrite(module, self, DorefaConv2d, DorefaLinear)

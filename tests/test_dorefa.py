@@ -82,11 +82,16 @@ def test_rounded_gradients_lie_on_their_levels_and_are_right_on_average(bits: in
 @pytest.mark.parametrize(
     "old", [nn.Conv2d(4, 6, 3, padding=1, dtype=torch.float64), nn.Linear(4, 6, dtype=torch.float64)]
 )
-def test_a_layer_is_its_definition_and_remembers_codes(old: Any, bits: int) -> None:
-    layer: Any = Dorefa(weight_bits=bits, act_bits=bits).layer(old)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_a_layer_is_its_definition_and_remembers_codes(old: Any, bits: int, norm: Any) -> None:
+    layer: Any = Dorefa(weight_bits=bits, act_bits=bits, input_norm=norm).layer(old)
     x = weight((2, 4, 5, 5) if isinstance(old, nn.Conv2d) else (7, 4))
 
     def expected(v: Tensor) -> Tensor:
+        dims = [d for d in range(v.dim()) if d != 1]
+        if norm == "batch":
+            centred = v - v.mean(dims, keepdim=True)
+            v = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
         q = rounded(v.clamp(0, 1), bits)
         w = expected_weight(layer.weight, bits)
         return F.conv2d(q, w, layer.bias, padding=1) if v.dim() == 4 else F.linear(q, w, layer.bias)
@@ -99,7 +104,14 @@ def test_a_layer_is_its_definition_and_remembers_codes(old: Any, bits: int) -> N
         y.backward(weight(tuple(y.shape), seed=1))
         results.append((y.detach(), leaf.grad, layer.weight.grad.clone(), layer.bias.grad.clone()))
     for ours, theirs in zip(*results, strict=True):
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_health_counts_what_is_clipped_and_changes_nothing() -> None:
+    layer: Any = Dorefa().layer(nn.Linear(4, 3))
+    before = layer.norm.running_mean.clone()
+    assert layer.health(torch.tensor([[-1.0, 0.5, 0.5, 2.0]]))["clip_ratio"] == 0.5
+    assert torch.equal(layer.norm.running_mean, before)
 
 
 @pytest.mark.parametrize("bits", BITS)
