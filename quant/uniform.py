@@ -200,7 +200,7 @@ class RunningRange(nn.Module):
 
     def _remember(self, low: Tensor, high: Tensor) -> None:
         with torch.no_grad():
-            share = (1 / (self.batches + 1)).clamp_min(self.momentum).to(self.low.dtype)
+            share = (1 / (self.batches + 1).to(self.low.dtype)).clamp_min(self.momentum)
             self.low.lerp_(low.to(self.low.dtype), share)
             self.high.lerp_(high.to(self.high.dtype), share)
             self.batches.add_(1)
