@@ -20,10 +20,7 @@ M = TypeVar("M", bound=BaseModel)
 
 def check(raw: Mapping[str, Any], skip: Iterable[str] = ()) -> RunConfig:
     """The checked config. Raises ConfigError with every fault; places in `skip` are known to be wrong already."""
-    faults = [
-        Fault(path, "configs are data: a key that starts with '_' names code and is refused")
-        for path in _code_keys(raw)
-    ]
+    faults = list(_never_accepted(raw))
     known, found = _known(raw.get("plugins"))
     folded = dict(raw)
     faults += found
@@ -33,7 +30,8 @@ def check(raw: Mapping[str, Any], skip: Iterable[str] = ()) -> RunConfig:
         if section == "dataset" and not found:
             faults += _data_faults(folded[section])
     config, found = _validate(RunConfig, folded, "")
-    faults += found
+    hopeless = {fault.path for fault in faults if fault.path in COMPONENTS}
+    faults += [fault for fault in found if fault.path.split(".")[0] not in hopeless]
     parts = dict(shorthand(config)) if config is not None and not faults else _right_parts(folded, faults)
     faults += relation_faults(parts, known["quant"])
     faults = _unique(f for f in faults if not any(_is_within(f.path, place) for place in skip))
@@ -71,9 +69,9 @@ def _fold(section: str, raw: Any, known: Mapping[str, Component]) -> tuple[dict[
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
         return {"name": ""}, [Fault(section, f"must be a mapping with a name; known: {', '.join(sorted(known))}")]
     name = raw["name"]
-    if name not in known:
-        return {"name": name}, [Fault(f"{section}.name", _unknown(name, known))]
     plain = {key: raw[key] for key in raw if key in PLAIN_KEYS.get(section, set())}
+    if name not in known:
+        return {"name": name, **plain}, [Fault(f"{section}.name", _unknown(name, known))]
     own = {key: raw[key] for key in raw if key not in plain and key != "name"}
     extra = sorted(PLAIN_KEYS.get(section, ()))
     arguments, faults = _validate(_signature(known[name]), own, section, extra)
@@ -165,13 +163,16 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((hit for hit in hits if hit is not None), None)
 
 
-def _code_keys(raw: Any, path: str = "") -> Iterable[str]:
+def _never_accepted(raw: Any, path: str = "") -> Iterable[Fault]:
+    """Keys that name code, and text that no file can hold, anywhere in a config."""
+    if isinstance(raw, str) and raw != raw.encode(errors="replace").decode():
+        yield Fault(path, "is not text: it holds bytes that are no UTF-8")
     items = raw.items() if isinstance(raw, Mapping) else enumerate(raw) if isinstance(raw, list) else ()
     for key, value in items:
         here = f"{path}.{key}" if path else str(key)
         if str(key).startswith("_"):
-            yield here
-        yield from _code_keys(value, here)
+            yield Fault(here, "configs are data: a key that starts with '_' names code and is refused")
+        yield from _never_accepted(value, here)
 
 
 def _unknown(name: str, known: Mapping[str, Component]) -> str:

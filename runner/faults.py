@@ -108,9 +108,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
     >>> nearest("lenet", ["lenet5", "resnet18"])
     " Did you mean 'lenet5'?"
     """
-    swapped = [candidate for candidate in known if sorted(candidate) == sorted(word)]
-    hits = [*swapped, *difflib.get_close_matches(word, known, n=1, cutoff=0.5)]
-    return f" Did you mean {hits[0]!r}?" if hits else ""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    word = word.lower()
+    swapped = [candidate for candidate in by_lower if sorted(candidate) == sorted(word)]
+    hits = [*swapped, *difflib.get_close_matches(word, by_lower, n=1, cutoff=0.5)]
+    return f" Did you mean {by_lower[hits[0]]!r}?" if hits else ""
 
 
 def shortened(value: Any) -> str:
