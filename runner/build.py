@@ -80,10 +80,24 @@ def rules_of(config: QuantConfig) -> list[Rule]:
 def phases_of(config: RunConfig, model: nn.Module) -> tuple[Sequence[Phase], Sequence[DataPhase]]:
     """The regimes: the config's, or the model's own where the config leaves them to it."""
     regime, data = config.regime.phases, config.data_regime.phases
-    return (
-        regime if regime is not None else _own(model, "regime", Phase, config.total_epochs),
-        data if data is not None else _own(model, "data_regime", DataPhase, config.total_epochs),
-    )
+    phases = regime if regime is not None else _own(model, "regime", Phase, config.total_epochs)
+    _refuse_idle_schedules(phases, model, config.quant.name)
+    return phases, data if data is not None else _own(model, "data_regime", DataPhase, config.total_epochs)
+
+
+def _refuse_idle_schedules(phases: Sequence[Phase], model: nn.Module, quantizer: str) -> None:
+    """A schedule that would reach no buffer: the method takes such a value, but not with these settings."""
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    faults = [
+        Fault(
+            f"regime.phases.{index}.quant.{key}",
+            f"no layer of {quantizer} has a {key} to drive with these settings",
+        )
+        for index, phase in enumerate(phases)
+        for key in (phase.quant or {}).keys() - buffers
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def _own(model: nn.Module, name: str, phase: type[P], epochs: int) -> list[P]:
