@@ -50,7 +50,7 @@ PRESETS: dict[Preset, Switches] = {
         placement="post_act",
         grad_scale="none",
     ),
-    "plus": Switches(act_range="unsigned", act_offset=True, step_init="lsq+"),
+    "plus": Switches(act_range="unsigned", act_offset=True, step_init="lsq+", step_param="softplus"),
 }
 
 

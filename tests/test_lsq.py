@@ -376,8 +376,8 @@ def test_layers_are_the_formula(preset: str, bits: int) -> None:
 
     (an, ap), (wn, wp) = [(int(part.qn), int(part.qp)) for part in (a, w)]
     scales = [1.0, 1.0] if preset == "plain" else [(x[0].numel() * ap) ** -0.5, (layer.weight.numel() * wp) ** -0.5]
-    x_q = by_definition(x, a.step, an, ap, 0.0 if a.offset is None else a.offset, scales[0])
-    w_q = by_definition(layer.weight, w.step, wn, wp, scale=scales[1], passthrough=preset == "plain")
+    x_q = by_definition(x, a.size(), an, ap, 0.0 if a.offset is None else a.offset, scales[0])
+    w_q = by_definition(layer.weight, w.size(), wn, wp, scale=scales[1], passthrough=preset == "plain")
     want_y = F.conv2d(x_q, w_q, layer.bias, 2, 1, 1, 2)
     assert equal(y, want_y)
     assert all(map(equal, got, torch.autograd.grad(want_y, leaves, g)))
@@ -521,3 +521,17 @@ def test_steps_are_kept_from_weight_decay() -> None:
     names = {name for name, _ in net(preset="plus")[3].named_parameters()} - {"weight", "bias"}
     assert names == set(LsqConv2d.no_decay)
     assert StepSettings(bits=2, kind="signed").grad_scale == "1/sqrt_n_qp"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_small_first_steps_survive_adam(preset: str) -> None:
+    """An update of Adam is as large as its learning rate: more than an 8-bit LSQ+ step of weights, unless it is relative."""
+    model = net(preset=preset)
+    calibrate_(model, IMAGES)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(5):
+        loss = F.cross_entropy(model(IMAGES), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(figures["dead_steps"] == 0 for figures in health(model, IMAGES).values())
