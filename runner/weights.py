@@ -18,6 +18,7 @@ from runner.faults import BadData, MissingInput
 from runner.files import write_atomic
 
 FORMAT = "lowbit-runner weights 1"
+ANYWHERE = {"outputs": "outputs", "checkpoint": None, "pretrained": None}  # where a run lay says nothing about its weights
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Weights:
 def save_weights(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write a safetensors file that says what it is."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    said = json.dumps(config)
-    header = {"format": FORMAT, "config": said, "sha256": _digest(plain, said)}
-    write_atomic(path, save(plain, metadata=header))
+    said = json.dumps(dict(config) | ANYWHERE)
+    facts = json.dumps({"config": said, "sha256": _digest(plain, said)})
+    write_atomic(path, save(plain, metadata={FORMAT: facts}))  # one key, because safetensors keeps no order of several
 
 
 def read_weights(path: Path) -> Weights:
@@ -60,12 +61,16 @@ def read_weights(path: Path) -> Weights:
 
 def _manifest_of(path: Path) -> Path | None:
     """The manifest that vouches for a file of a run's checkpoints; None for a file from elsewhere."""
-    if re.fullmatch(r"step-\d+", path.stem):
-        manifest = path.with_suffix(".json")
-        return manifest if manifest.is_file() else None
-    names = re.fullmatch(r"best-\d+\.pt", path.name)
-    beside = Checkpoints(path.parent).manifests() if names else []
-    return next((m for m in beside if (read_manifest(m)["best"] or {}).get("file") == path.name), None)
+    if re.fullmatch(r"step-\d+\.json", path.name):
+        return path
+    ours = re.fullmatch(r"(best|step)-\d+(-\d+)?\.pt", path.name)
+    beside = Checkpoints(path.parent).manifests() if ours else []
+    return next((m for m in beside if path.name in _files_of(read_manifest(m))), None)
+
+
+def _files_of(manifest: Mapping[str, Any]) -> set[str]:
+    """The names of the data files that a manifest vouches for."""
+    return {manifest["file"], *([manifest["best"]["file"]] if manifest["best"] else [])}
 
 
 def _evaluated(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -92,11 +97,16 @@ def _from_safetensors(path: Path) -> Weights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise BadData(f"{path}: not a safetensors file that can be read ({error})") from error
-    if not header.keys() & {"config", "sha256"}:
+    if not header.keys() - {"format"}:  # the only key that other writers use
         return Weights(tensors, source=path)
-    if header.get("format") != FORMAT or header.get("sha256") != _digest(tensors, header.get("config", "")):
+    try:
+        facts = json.loads(header[FORMAT])
+        whole = facts["sha256"] == _digest(tensors, facts["config"])
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
         raise BadData(f"{path}: damaged, or of another version: its checksum is not the one that was saved")
-    return Weights(tensors, json.loads(header["config"]), path)
+    return Weights(tensors, json.loads(facts["config"]), path)
 
 
 def _foreign(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
