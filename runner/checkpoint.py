@@ -1,7 +1,7 @@
 """Checkpoints with one commit point: the manifest. Whatever is killed when, the newest manifest names a whole state.
 
-Order of a save: CSV files to disk, then `step-N.pt` (private name, fsync, rename, fsync of the folder), then the same for
-`step-N.json`, which holds sizes, SHA-256 and the CSV offsets. Only then older ones go; the last two and the best stay.
+Order of a save: CSV files to disk, then `step-N.pt` (private name, fsync, rename, fsync of the folder; a name that no
+manifest uses yet), then the same for `step-N.json`, which holds sizes, SHA-256 and the CSV offsets. Only then older ones go; the last two and the best stay.
 Neither torch.load nor safetensors notices a flipped bit, so the checksum is verified before anything is decoded.
 """
 
@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from runner.files import reason, remove, sha256, write_atomic, write_json
 
 SCHEMA = 1
 KEEP = 2
-STEP = re.compile(r"step-(\d+)\.(json|pt)")
+STEP = re.compile(r"step-(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,17 @@ class Checkpoints:
         """Commit `state` as the checkpoint of `step`. `best` is (its step, its weights); `facts` stand in the manifest."""
         entry = self._save_best(*best) if best is not None else None
         content = dumps(state)
-        name = f"step-{step}.pt"
+        name = self._free_name(step)
         write_atomic(self.folder / name, content)
         named = {"schema": SCHEMA, "step": step, "file": name, "sha256": sha256(content), "best": entry}
         manifest = named | dict(facts)
         write_json(self.folder / f"step-{step}.json", manifest | {"check": _check(manifest)}, durable=True)
         self._prune()
+
+    def _free_name(self, step: int) -> str:
+        """A name that no commit uses: a step may be saved twice, and the first stays whole until the second is."""
+        names = (f"step-{step}{suffix}.pt" for suffix in chain([""], (f"-{n}" for n in count(2))))
+        return next(name for name in names if not (self.folder / name).exists())
 
     def _save_best(self, step: int, weights: Mapping[str, Any]) -> dict[str, Any]:
         if self._best_entry is None or self._best_entry["step"] != step:
@@ -110,13 +116,13 @@ class Checkpoints:
 
     def _named(self, manifests: list[Path]) -> Iterator[str]:
         for path in manifests:
-            yield path.with_suffix(".pt").name
             try:
-                best = json.loads(path.read_bytes()).get("best")
-            except (ValueError, OSError, AttributeError):
-                continue
-            if isinstance(best, dict):
-                yield str(best.get("file"))
+                manifest = json.loads(path.read_bytes())
+                yield str(manifest["file"])
+                if manifest["best"] is not None:
+                    yield str(manifest["best"]["file"])
+            except (ValueError, OSError, KeyError, TypeError, RecursionError):
+                yield path.with_suffix(".pt").name  # damaged; a person may still want to repair it
 
 
 class Damaged(BadData):
