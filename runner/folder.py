@@ -13,7 +13,7 @@ from typing import Any
 from runner.columns import HEALTH, METRICS, TIMING
 from runner.config import config_hash
 from runner.faults import Locked
-from runner.files import NO_FOLLOW, reason, write_json
+from runner.files import NO_FOLLOW, reason, remove, write_json
 from runner.log import CsvLog
 from runner.schema import RunConfig
 from runner.screen import Screen
@@ -39,6 +39,8 @@ class RunFolder:
             self._lock = _take_lock(path / ".lock")
         except OSError as error:
             raise Locked(f"{path}: cannot be used: {reason(error)}") from error
+        for leftover in path.glob(".*.tmp-*"):  # of a process that was killed; nobody else writes here now
+            remove(leftover)
         self.metrics = CsvLog(path / "metrics.csv", METRICS)
         self.timing = CsvLog(path / "timing.csv", TIMING)
         self.health = CsvLog(path / "quant.csv", HEALTH)
