@@ -74,8 +74,19 @@ def quantize_(model: nn.Module, quantizer: Quantizer, rules: Iterable[Rule] = ()
 
 
 def calibrate_(model: nn.Module, images: Tensor) -> None:
-    """One forward pass in which every layer sets its steps and ranges from the input that it will really see."""
-    with torch.no_grad(), _before_each(model, lambda layer, x: layer.calibrate_(x)):
+    """One forward pass in which every layer sets its steps and ranges from the input that it will really see.
+
+    Raises ValueError, naming the layer, where that input does not fit the layer's settings.
+    """
+    names = {module: name for name, module in model.named_modules()}
+
+    def calibrate(layer: QuantizedLayer, x: Tensor) -> None:
+        try:
+            layer.calibrate_(x)
+        except ValueError as error:
+            raise ValueError(f"layer {names[layer]!r}: {error}") from error
+
+    with torch.no_grad(), _before_each(model, calibrate):
         model(images)
 
 

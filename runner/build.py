@@ -38,11 +38,11 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
         importlib.import_module(plugin)
     torch.manual_seed(config.seed)
     shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
-    model = _asking("model", build_float_model, config.model.name, **shape, **config.model.arguments)
-    _asking("classifier", lambda: find_classifier(config.classifier.name)(**config.classifier.arguments).apply_(model))
+    model = asking("model", build_float_model, config.model.name, **shape, **config.model.arguments)
+    asking("classifier", lambda: find_classifier(config.classifier.name)(**config.classifier.arguments).apply_(model))
     weights = read_weights(Path(config.pretrained)) if config.pretrained else None
     loaded = load_matching(model, weights.tensors) if weights else set()
-    rows = _asking("quant", quantize_, model, quantizer_of(config.quant), rules_of(config.quant))
+    rows = asking("quant", quantize_, model, quantizer_of(config.quant), rules_of(config.quant))
     remarks: list[str] = []
     if weights:
         loaded |= load_matching(model, weights.tensors)
@@ -53,12 +53,12 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
 
 def quantizer_of(config: QuantConfig) -> Any:
     """The quantizer with its settings."""
-    return _asking("quant", lambda: find(config.name)(**config.arguments))
+    return asking("quant", lambda: find(config.name)(**config.arguments))
 
 
 def regularizer_of(config: RunConfig) -> Regularizer:
     """The regularizer with its settings."""
-    found: Regularizer = _asking(
+    found: Regularizer = asking(
         "regularizer", lambda: find_regularizer(config.regularizer.name)(**config.regularizer.arguments)
     )
     return found
@@ -66,7 +66,7 @@ def regularizer_of(config: RunConfig) -> Regularizer:
 
 def watch(regularizer: Regularizer, model: nn.Module) -> Penalty:
     """Attach a regularizer; a model without anything to watch is a fault of the config."""
-    penalty: Penalty = _asking("regularizer", regularizer.attach, model)
+    penalty: Penalty = asking("regularizer", regularizer.attach, model)
     return penalty
 
 
@@ -113,8 +113,8 @@ def _own(model: nn.Module, name: str, phase: type[P], epochs: int) -> list[P]:
         raise ConfigError([Fault(f"{name} of the model", str(error))]) from error
 
 
-def _asking(section: str, make: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a component refuses is a fault of the config."""
+def asking(section: str, make: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a component; what it refuses is a fault of the config."""
     try:
         return make(*args, **kwargs)
     except ValueError as error:

@@ -9,5 +9,5 @@ TIMING = (
 )  # fmt: skip
 LAYERS = ("layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "parameters", "macs", "why")
 HEALTH = (
-    "epoch", "layer", "clip_ratio", "step_size", "flip_rate", "code_entropy", "grad_norm", "near_threshold",
+    "epoch", "layer", "clip_ratio", "step_size", "dead_steps", "flip_rate", "code_entropy", "grad_norm", "near_threshold",
 )  # fmt: skip

@@ -59,6 +59,7 @@ HEALTH = {
     "flip_rate": "Flipped codes (share)",
     "code_entropy": "Code entropy (bits)",
     "grad_norm": "Gradient norm",
+    "near_threshold": "Near a rounding threshold (share)",
 }
 
 

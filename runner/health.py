@@ -1,5 +1,6 @@
 """Health of quantized layers, a row a layer and epoch: ranges that clip, steps that die, signs that flip, idle codes."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,23 +26,38 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     return norms
 
 
+FIGURES = {"clip_ratio", "step_size", "dead_steps"}
+
+
+def alarms(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """What a person should know now and not after the run: layers that no longer learn, or never will."""
+    for row in rows:
+        if row.get("dead_steps"):
+            share = f"{100 * row['dead_steps']:.0f} %"
+            yield f"{row['layer']}: {share} of its steps are at zero or below; try quant.step_param=softplus or a lower lr="
+        if row.get("code_entropy") == 0:
+            yield f"{row['layer']}: every weight has the same code, so the layer tells nothing apart"
+        unreal = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        if unreal:
+            yield f"{row['layer']}: {', '.join(unreal)} is no finite number"
+
+
 def health_rows(
     model: nn.Module, images: Tensor, before: dict[str, Tensor], norms: dict[str, float], shares: dict[str, float]
-) -> Iterable[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """What quant.csv says about one epoch; `before` are the codes at its start, `norms` and `shares` what it gathered."""
     training = model.training
     figures = health(model.eval(), images)
     model.train(training)
-    now = codes_of(model)
+    now, rows = codes_of(model), []
     for name in quantized_layers(model):
-        own: dict[str, float | None] = {
-            key: value for key, value in figures.get(name, {}).items() if key in {"clip_ratio", "step_size"}
-        }
+        own: dict[str, Any] = {key: value for key, value in figures.get(name, {}).items() if key in FIGURES}
         codes = now.get(name)
         if codes is not None:
             own |= {"flip_rate": _flip_rate(before.get(name), codes), "code_entropy": _entropy(codes)}
         if own or name in norms:
-            yield {"layer": name, "grad_norm": norms.get(name), "near_threshold": shares.get(name)} | own
+            rows.append({"layer": name, "grad_norm": norms.get(name), "near_threshold": shares.get(name)} | own)
+    return rows
 
 
 def _flip_rate(before: Tensor | None, now: Tensor) -> float | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.environment import peak_memory_bytes
-from runner.health import health_rows
+from runner.health import alarms, health_rows
 from runner.run import Run
 
 
@@ -25,8 +25,11 @@ def write_epoch(run: Run, result: Result, eval_seconds: float) -> None:
     images, _ = next(iter(run.data.val.batches(seed=0, epoch=0, **run.sizes())))
     if run.transform:
         images = run.transform(images)
-    for row in health_rows(run.model, images, run.codes, run.progress.grad_norms, run.penalty.figures()):
+    rows = health_rows(run.model, images, run.codes, run.progress.grad_norms, run.penalty.figures())
+    for row in rows:
         run.folder.health.row({"epoch": run.progress.epoch} | row)
+    for alarm in alarms(rows):
+        run.screen.say(f"warning: {alarm}")
     run.folder.status("running", epoch=run.progress.epoch + 1, step=run.progress.step)
     if not run.screen.live:
         run.screen.say(epoch_line(metrics, timing, run.config.total_epochs))

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from quant.regularizer import Penalty
 from quant.surgery import LayerRow, calibrate_
 from runner.accelerate import accelerate
-from runner.build import build, phases_of, regularizer_of, watch
+from runner.build import asking, build, phases_of, regularizer_of, watch
 from runner.checkpoint import Checkpoints
 from runner.config import config_hash, flat
 from runner.data import Data, load
@@ -160,7 +160,7 @@ class Run:
         else:
             for log in self.folder.logs.values():
                 log.clear()
-            calibrate_(self.model.train(), self.first_images())
+            asking("quant", calibrate_, self.model.train(), self.first_images())
             self.optimizer = optimizer_for(self.model, self.setting(), None)
             self.codes = codes_of(self.model)
             if self.ema is not None:
