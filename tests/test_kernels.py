@@ -149,6 +149,16 @@ def test_strided_and_shared_tensors() -> None:
     assert torch.equal(kernels.conv2d_of_packed(odd, kernels.pack_weight(w, 1)), expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_output_of_the_caller(channels_last: bool) -> None:
+    x, w, out = values(2, 40, 9, 9), values(8, 40, 3, 3), torch.zeros(2, 8, 9, 9)
+    out = out.to(memory_format=torch.channels_last) if channels_last else out
+    assert kernels.binary_conv2d(x, kernels.pack_weight(w, 1), out=out) is out
+    assert torch.equal(out, F.conv2d(sign(x), sign(w), padding=1))
+    with pytest.raises(ValueError, match="dense float32"):
+        kernels.binary_conv2d(x, kernels.pack_weight(w), out=out)
+
+
 def test_several_threads_and_callers() -> None:
     """A team of OpenMP threads gives the same result, also when Python threads call at the same time."""
     torch.set_num_threads(2)

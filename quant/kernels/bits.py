@@ -4,7 +4,7 @@ A word holds one bit of 32 channels of one pixel, channel c in bit c % 32. In a 
 neighbouring pixels and the channels follow one another in a loop; in a channels_last one the lanes are channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from numba.core import cgutils
 
@@ -60,10 +60,22 @@ def _vectors(builder: Builder, count: Value, vectors: int, full: bool) -> list[t
     return [(offset, None if full else first_lanes(builder, builder.sub(count, offset))) for offset in offsets]
 
 
+def _span(builder: Builder, pixels: Value) -> Iterator[list[tuple[Value, Value]]]:
+    """The vectors of a span: emit the loop's body for all of a full one together, and for one after the other of a tail."""
+    for full in full_and_tail(builder, pixels, SPAN * LANES):
+        if full:
+            yield _vectors(builder, pixels, SPAN, full)
+            continue
+        count = builder.sdiv(builder.add(pixels, I64(LANES - 1)), I64(LANES))
+        with cgutils.for_range(builder, count) as vector:
+            offset = builder.mul(vector.index, I64(LANES))
+            yield [(offset, first_lanes(builder, builder.sub(pixels, offset)))]
+
+
 def _pack_span(builder: Builder, x: Value, plane: Value, channels: Value, pixels: Value, outputs: list[Value]) -> None:
     """Pack the first `pixels` (at most 64) pixels of up to 32 planes: signs, and |x| <= 1 where asked."""
-    for full in full_and_tail(builder, pixels, SPAN * LANES):
-        _pack_vectors(builder, x, plane, channels, _vectors(builder, pixels, SPAN, full), outputs)
+    for spans in _span(builder, pixels):
+        _pack_vectors(builder, x, plane, channels, spans, outputs)
 
 
 def _pack_vectors(
@@ -75,11 +87,10 @@ def _pack_vectors(
     outputs: list[Value],
 ) -> None:
     bits = (_negative, _inside)[: len(outputs)]
-    slots = [zeroed(builder, WORDS, SPAN) for _ in outputs]
+    slots = [zeroed(builder, WORDS, len(spans)) for _ in outputs]
     with cgutils.for_range(builder, channels) as loop:
-        channel = builder.sub(
-            builder.sub(channels, I64(1)), loop.index
-        )  # the last one first: it ends in the highest bit
+        # The last channel first: it ends in the highest bit.
+        channel = builder.sub(builder.sub(channels, I64(1)), loop.index)
         source = builder.add(x, builder.mul(channel, plane))
         for i, (offset, mask) in enumerate(spans):
             value = masked_load(builder, source, offset, mask)
@@ -136,8 +147,7 @@ def pack_pixel_and_mask(
 
 def _over_span(builder: Builder, words: Value, channels: Value, pixels: Value, use: Callable[..., None]) -> None:
     """use(channel, pixel offset, lane mask, the channel's bits as the highest bit of the lanes)."""
-    for full in full_and_tail(builder, pixels, SPAN * LANES):
-        spans = _vectors(builder, pixels, SPAN, full)
+    for spans in _span(builder, pixels):
         loaded = [masked_load(builder, words, offset, mask) for offset, mask in spans]
         with cgutils.for_range(builder, channels) as loop:
             up = splat(builder, builder.sub(I32(31), builder.trunc(loop.index, I32)))

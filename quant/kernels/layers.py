@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from quant.kernels.conv import ENTRIES, JOB, SHAPES, ConvJob
 from quant.kernels.machine import Processor, compiled, run, threads_for
-from quant.kernels.packing import dense_bits, memory_format, pack_activations
+from quant.kernels.packing import dense_bits, is_channels_last, memory_format, pack_activations
 from quant.kernels.weights import PackedWeight
 
 CACHED_WEIGHTS = 384 * 1024  # bytes of weights that pass over all images before the next ones
@@ -72,14 +72,16 @@ def binary_conv2d(
     bias: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
     channels_last: bool | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """conv2d(sign(x), sign(w)) * scale + bias with zero padding as the weight was packed for: float32 (N, O, H', W').
 
     The sum of signs is exact; scale and bias have one number for each output channel and are applied in this order.
-    The output has the memory format of x, unless `channels_last` chooses one.
+    The output has the memory format of x, unless `channels_last` chooses one. A dense float32 `out` is written to where
+    given: memory that is fresh from the system costs more time than a large batch takes to compute.
     """
     return conv2d_of_packed(
-        pack_activations(x), weight, scale=scale, bias=bias, stride=stride, channels_last=channels_last
+        pack_activations(x), weight, scale=scale, bias=bias, stride=stride, channels_last=channels_last, out=out
     )
 
 
@@ -91,6 +93,7 @@ def conv2d_of_packed(
     bias: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
     channels_last: bool | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The same for activations that `pack_activations` has packed."""
     if acts.dtype != torch.int32 or acts.ndim != 4 or acts.shape[1] != -(-weight.in_channels // 32):
@@ -99,18 +102,29 @@ def conv2d_of_packed(
             f"accepted torch.int32 (N, {-(-weight.in_channels // 32)}, H, W)"
         )
     acts, acts_last = dense_bits(acts)
-    last = acts_last if channels_last is None else channels_last
     steps = (stride, stride) if isinstance(stride, int) else stride
     plan, shape, scratch_size, threads = _plan(
         weight.processor, acts.shape, acts_last, weight.kernel_size, steps, weight.padding, weight.out_channels,
         threads_for(MOST_THREADS),
     )  # fmt: skip
-    out = torch.empty(shape, memory_format=memory_format(last))
+    if out is None:
+        last = acts_last if channels_last is None else channels_last
+        out = torch.empty(shape, memory_format=memory_format(last))
+    else:
+        last = _format_of(out, shape)
     scratch = torch.empty(threads * scratch_size, dtype=torch.uint8)
     scales, biases = _per_channel(scale, weight.ones), _per_channel(bias, weight.zeros)
     tensors = (scratch, acts, weight.words, weight.base, scales, biases, out)
     run(_entry(weight.processor), plan, (0, 0, *[tensor.data_ptr() for tensor in tensors], last), threads)
     return out
+
+
+def _format_of(out: Tensor, shape: tuple[int, int, int, int]) -> bool:
+    """Whether the caller's output is channels_last; ValueError if it cannot hold the result."""
+    last = is_channels_last(out)
+    if out.shape != shape or out.dtype != torch.float32 or not (last or out.is_contiguous()):
+        raise ValueError(f"out must be a dense float32 tensor {shape}, not {out.dtype} {tuple(out.shape)}")
+    return last
 
 
 def _per_channel(given: Tensor | None, default: Tensor) -> Tensor:

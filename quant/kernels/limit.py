@@ -35,7 +35,7 @@ from quant.kernels.packing import pack_activations
 from quant.kernels.weights import pack_weight
 
 CHAINS = 16  # independent sums, more than the latency of an addition needs
-STEPS = 2000  # about as long as the convolution of one image
+STEPS = 60_000  # about 0.2 ms, so that the call itself does not count
 
 
 class LimitJob(NamedTuple):
@@ -100,15 +100,24 @@ def limit_loop(path: Processor | None = None) -> tuple[Callable[[], None], int]:
     return once, STEPS * CHAINS * (128 if path == "avx2" else 32 * LANES)
 
 
-def by_turns(functions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each function, called by turns."""
-    seconds: list[list[float]] = [[] for _ in functions]
+def by_turns(functions: Sequence[Callable[[], object]], rounds: int, turn: float = 2e-3) -> list[list[float]]:
+    """CPU seconds of this thread for one call of each function; the median of every turn.
+
+    A turn is at least five calls, and as many as fill `turn` seconds: a single call would find the caches full of its
+    neighbour's data and measure how they are refilled. CPU time leaves out what other processes take.
+    """
+    calls = [max(5, round(turn / min(_seconds(function) for _ in range(5)))) for function in functions]
+    medians: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
-        for function, times in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return seconds
+        for function, count, times in zip(functions, calls, medians, strict=True):
+            times.append(statistics.median(_seconds(function) for _ in range(count)))
+    return medians
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
 
 
 def share_of_limit(batch: int, channels: int, size: int, kernel: int, path: Processor) -> tuple[float, float, float]:
@@ -116,8 +125,9 @@ def share_of_limit(batch: int, channels: int, size: int, kernel: int, path: Proc
     loop, loop_macs = limit_loop(path)
     acts = pack_activations(torch.randn(batch, channels, size, size))
     weight = pack_weight(torch.randn(channels, channels, kernel, kernel), kernel // 2, path=path)
+    out = conv2d_of_packed(acts, weight)
     macs = batch * (size * channels * kernel) ** 2
-    before, convolution, after = by_turns([loop, lambda: conv2d_of_packed(acts, weight), loop], rounds=301)
+    before, convolution, after = by_turns([loop, lambda: conv2d_of_packed(acts, weight, out=out), loop], rounds=41)
     shares = [macs / c / (2 * loop_macs / (b + a)) for b, c, a in zip(before, convolution, after, strict=True)]
     rate = statistics.median(loop_macs / s for s in before), statistics.median(macs / s for s in convolution)
     return rate[0] / 1e9, rate[1] / 1e9, statistics.median(shares)
