@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from runner.config import check
 from runner.faults import ConfigError, Fault, nearest, shortened
@@ -21,7 +22,7 @@ from runner.schema import RunConfig
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RESOLVER = re.compile(r"\$\{[^}]*:")
 # What Hydra and OmegaConf raise for words that they cannot take, and what their parsers let through (far too long, far too deep).
-REFUSALS = (HydraException, OmegaConfBaseException, ValueError, OSError, RecursionError)
+REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 
 
 @dataclass
@@ -71,8 +72,8 @@ def search_path(config_dirs: Sequence[str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """Text as Hydra's grammar reads it back."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """Text as Hydra's grammar reads it back: a backslash is an escape before a quote only."""
+    return "'" + re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'") + "'"
 
 
 def _configs() -> Any:
@@ -133,8 +134,8 @@ def _choice_exists(override: Override, choices: dict[str, list[str]], result: Co
 def _forced(override: Override, choices: dict[str, list[str]]) -> str:
     """A value is set whether or not the YAML has the key: the closed schema judges it, with a better message than Hydra's."""
     line = override.input_line or ""
-    is_value = override.key_or_group not in choices and not line.startswith(("+", "~"))
-    return f"++{line}" if is_value else line
+    is_value = override.key_or_group not in choices or isinstance(override.value(), dict)
+    return f"++{line}" if is_value and not line.startswith(("+", "~")) else line
 
 
 def _composed(overrides: list[str], result: Composition) -> dict[str, Any]:
