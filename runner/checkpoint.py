@@ -100,16 +100,20 @@ class Checkpoints:
         """Remove what a kill left behind: temporary files, and data that no manifest names."""
         for path in self.folder.glob(".*.tmp-*"):
             remove(path)
-        named = set(self._named(self.manifests()))
-        for path in self.folder.glob("*.pt"):
-            if path.name not in named:
-                remove(path)
+        self._remove_unnamed(self.manifests())
 
     def _prune(self) -> None:
         manifests = self.manifests()
-        keep = set(self._named(manifests[:KEEP]))
         for path in manifests[KEEP:]:
             remove(path)
+        self._remove_unnamed(manifests[:KEEP])
+
+    def _remove_unnamed(self, manifests: list[Path]) -> None:
+        """Remove the data that no manifest names; none at all where a manifest cannot be read just now."""
+        try:
+            keep = set(self._named(manifests))
+        except OSError:
+            return
         for path in self.folder.glob("*.pt"):
             if path.name not in keep:
                 remove(path)
@@ -121,8 +125,8 @@ class Checkpoints:
                 yield str(manifest["file"])
                 if manifest["best"] is not None:
                     yield str(manifest["best"]["file"])
-            except (ValueError, OSError, KeyError, TypeError, RecursionError):
-                yield path.with_suffix(".pt").name  # damaged; a person may still want to repair it
+            except (ValueError, KeyError, TypeError, RecursionError):  # damaged; a person may still want to repair it
+                yield from (data.name for data in self.folder.glob(f"{path.stem}*.pt"))
 
 
 class Damaged(BadData):
