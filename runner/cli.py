@@ -11,7 +11,9 @@ from runner.faults import ConfigError, Exit, Fault, exit_code, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("runner.verbs:train", "train one configuration (what happens without a verb)"),
     "evaluate": ("runner.verbs:evaluate", "measure a stored model: evaluate checkpoint=PATH (= mode=evaluate)"),
+    "verify": ("runner.verify:verify", "prove the mathematics of every quantizer, or of quant=NAME"),
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
+    "report": ("runner.report:report", "the results table of finished runs: report FOLDER … [--format md|csv]"),
     "dashboard": ("runner.verbs:dashboard", "draw the dashboard of run folders again: dashboard FOLDER …"),
 }
 SWEEP = {"-m", "--multirun"}
