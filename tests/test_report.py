@@ -15,8 +15,10 @@ def make(root: Path, quant: str, seed: int, top1: float, *words: str) -> None:
     (folder / "metrics.csv").write_text("epoch\n0\n")
     environment = {"cpu": "c", "threads": 1, "torch": "2", "code": "abc"}
     summary = {
-        "model": "lenet5", "dataset": "mnist", "quant": quant, "seed": seed, "epochs": 10, "test_top1": top1, "best_val_top1": top1,
-        "train_seconds": 20.0, "images_per_s": 1000.0, "saved_bytes_per_sample": 2048, "peak_memory_bytes": 1, "float_bytes": 4096,
+        "model": "lenet5", "dataset": "mnist", "quant": quant, "seed": seed, "epochs": 10, "test_top1": top1,
+        "best_val_top1": top1,
+        "train_seconds": 20.0,
+        "images_per_s": 1000.0, "saved_bytes_per_sample": 2048, "peak_memory_bytes": 1, "float_bytes": 4096,
         "packed_bytes": 1024, "environment": environment,
         "command": ["python", "-m", "runner", f"quant={quant}", f"seed={seed}", "outputs=/secret/place", *words],
     }  # fmt: skip
