@@ -16,6 +16,7 @@ from runner.regime import Clock, data_setting_at, setting_at, steps_per_epoch, t
 from runner.schema import DataPhase, Phase, Schedule
 
 Raw = dict[str, Any]
+SGD: Raw = {"epoch": 0, "optimizer": "SGD", "lr": 0.1}
 
 
 def schedule(kind: str, start: float, to: float | None = None, **more: Any) -> Schedule:
@@ -84,15 +85,7 @@ def test_what_a_phase_does_not_name_stays() -> None:
 
 def test_another_optimizer_drops_the_arguments_of_the_old_one_and_nothing_else() -> None:
     regime = phases(
-        {
-            "epoch": 0,
-            "optimizer": "SGD",
-            "lr": 0.1,
-            "momentum": 0.9,
-            "weight_decay": 1e-4,
-            "regularizer": 1.0,
-            "quant": {"a": 2.0},
-        },
+        SGD | {"momentum": 0.9, "weight_decay": 1e-4, "regularizer": 1.0, "quant": {"a": 2.0}},
         {"epoch": 2, "optimizer": "Adam", "betas": [0.8, 0.9]},
         {"epoch": 4, "optimizer": "Adam", "eps": 1e-6},
         {"epoch": 6, "optimizer": "SGD"},
@@ -143,27 +136,28 @@ def test_the_setting_is_a_pure_function_of_the_point() -> None:
 
 
 def test_sizes_by_epoch() -> None:
-    data = [
-        DataPhase(epoch=0, batch_size=256, input_size=128),
-        DataPhase(epoch=3, batch_size=64),
-        DataPhase(epoch=5, input_size=224),
-    ]
+    first = DataPhase(epoch=0, batch_size=256, input_size=128)
+    data = [first, DataPhase(epoch=3, batch_size=64), DataPhase(epoch=5, input_size=224)]
     found = [data_setting_at(data, epoch) for epoch in (0, 2, 3, 4, 5, 99)]
     assert [one["batch_size"] for one in found] == [256, 256, 64, 64, 64, 64]
     assert [one["input_size"] for one in found] == [128, 128, 128, 128, 224, 224]
     assert [one["phase"] for one in found] == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize(
-    ("samples", "batch", "drop", "steps"),
-    [(100, 10, False, 10), (101, 10, False, 10), (102, 10, False, 11), (102, 10, True, 10), (5, 10, False, 1), (1, 10, False, 1), (0, 10, False, 0)],
-)  # fmt: skip
+STEPS = [(100, 10, False, 10), (101, 10, False, 10), (102, 10, False, 11), (102, 10, True, 10), (5, 10, False, 1),
+         (1, 10, False, 1), (0, 10, False, 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("samples", "batch", "drop", "steps"), STEPS)
 def test_steps_of_an_epoch(samples: int, batch: int, drop: bool, steps: int) -> None:
     assert steps_per_epoch(samples, batch, drop) == steps
 
 
-@pytest.mark.parametrize("words", [["regime=cifar", "epochs=130"], ["regime=cosine", "epochs=7", "lr=1"], ["regime=imagenet"],
-                                   ["regime.phases=[{step: 0, optimizer: SGD, lr: 1}, {step: 40, lr: 0.1}]", "data_regime=progressive"]])  # fmt: skip
+BY_STEP = ["regime.phases=[{step: 0, optimizer: SGD, lr: 1}, {step: 40, lr: 0.1}]", "data_regime=progressive"]
+LINES = [["regime=cifar", "epochs=130"], ["regime=cosine", "epochs=7", "lr=1"], ["regime=imagenet"], BY_STEP]
+
+
+@pytest.mark.parametrize("words", LINES)
 def test_the_timeline_is_what_training_will_see(words: list[str]) -> None:
     config, samples = config_from([*words, "dataset=synthetic"]), 1000
     rows, step = list(timeline(config, samples)), 0
@@ -176,19 +170,14 @@ def test_the_timeline_is_what_training_will_see(words: list[str]) -> None:
         clock = Clock(epoch=epoch, batch=0, batches=lengths[epoch], step=step)
         expected = setting_at(config.regime.phases or [], clock, epochs=len(rows), steps=sum(lengths))
         sizes = data_setting_at(data, epoch)
-        assert row == expected | {
-            "epoch": epoch,
-            "step": step,
-            "batch_size": sizes["batch_size"],
-            "input_size": sizes["input_size"],
-        }
+        del sizes["phase"]
+        assert row == expected | sizes | {"epoch": epoch, "step": step}
         step += lengths[epoch]
 
 
 # Regimes that are refused ----------------------------------------------------------------------------------------------
 
 BASE: Raw = compose_words([]).raw
-SGD: Raw = {"epoch": 0, "optimizer": "SGD", "lr": 0.1}
 ADAM: Raw = {"epoch": 0, "optimizer": "Adam", "lr": 0.1}
 
 
