@@ -68,7 +68,7 @@ class CodedBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
     """Batch norm that remembers its normalised input in k bits. In eval mode it is plain batch norm."""
 
     def __init__(self, old: nn.BatchNorm1d | nn.BatchNorm2d, settings: "ActGrad") -> None:
-        super().__init__(old.num_features, old.eps, old.momentum, device="meta")
+        super().__init__(old.num_features, old.eps, old.momentum, old.affine, device="meta")
         self.weight, self.bias, self.settings = old.weight, old.bias, settings
         for name, buffer in old.named_buffers():
             setattr(self, name, buffer)
@@ -132,4 +132,5 @@ def _can_place(pool: nn.MaxPool2d) -> bool:
 
 
 def _is_plain(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
-    return norm.affine and norm.track_running_stats and norm.momentum is not None
+    """The usual running statistics; without any, or with their plain average, the layer stays as it is."""
+    return norm.track_running_stats and norm.momentum is not None

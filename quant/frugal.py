@@ -137,8 +137,8 @@ class _QuantizedNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        w: Tensor,
-        b: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
         running_mean: Tensor,
         running_var: Tensor,
         momentum: float,
@@ -161,8 +161,8 @@ class _QuantizedNorm(torch.autograd.Function):
         w, scale, *saved = ctx.saved_tensors
         normal = ctx.codec.decode(*saved).to(g.dtype)
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)  # mean and 1/sigma of a normalised input
-        wanted = list(ctx.needs_input_grad[:3])
-        dx, dw, db = aten.native_batch_norm_backward(g, normal, w * scale, None, None, zero, one, True, 0.0, wanted)
+        gain, wanted = scale if w is None else w * scale, list(ctx.needs_input_grad[:3])
+        dx, dw, db = aten.native_batch_norm_backward(g, normal, gain, None, None, zero, one, True, 0.0, wanted)
         return dx, dw, db, None, None, None, None, None
 
 
