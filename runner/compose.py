@@ -10,10 +10,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from runner.config import check
 from runner.faults import ConfigError, Fault, nearest, shortened
@@ -21,8 +19,6 @@ from runner.schema import RunConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RESOLVER = re.compile(r"\$\{[^}]*:")
-# What Hydra and OmegaConf raise for words that they cannot take, and what their parsers let through (far too long, far too deep).
-REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 
 
 @dataclass
@@ -99,11 +95,15 @@ def choices_of(config_dirs: Iterable[str] = ()) -> dict[str, list[str]]:
 
 def _parsed(word: str, result: Composition) -> Override | None:
     try:
-        return OverridesParser.create().parse_override(word)
-    except REFUSALS as error:
+        override = OverridesParser.create().parse_override(word)
+        problem = "" if override.key_or_group else "it has no key"
+    except Exception as error:  # whatever the parser trips over (too long, too deep, …), the word is what is wrong
+        override, problem = None, _first_line(error)
+    if problem:
         hint = "write key=value; quote a value with spaces, commas or brackets: 'name=\"a b\"'"
-        result.faults.append(Fault("", f"cannot read {shortened(word)} ({_first_line(error)}); {hint}"))
+        result.faults.append(Fault("", f"cannot read {shortened(word)} ({problem}); {hint}"))
         return None
+    return override
 
 
 def _is_for_a_run(override: Override, result: Composition) -> bool:
@@ -144,12 +144,12 @@ def _composed(overrides: list[str], result: Composition) -> dict[str, Any]:
     config: DictConfig | None = None
     try:
         config = compose("config", overrides=overrides)
-    except REFUSALS:
+    except Exception:  # Hydra has many ways to say no, its own errors and others; one of the words is what is wrong
         for override in overrides:
             try:
                 config = compose("config", overrides=[*kept, override])
                 kept.append(override)
-            except REFUSALS as error:
+            except Exception as error:
                 message = f"{shortened(override.lstrip('+'))} cannot be applied: {_first_line(error)}"
                 result.faults.append(Fault("", message))
     return _resolved(config if config is not None else compose("config"), result)
