@@ -122,6 +122,15 @@ class _Matmul(torch.autograd.Function):
         return dx.to(dtype) if need_x else None, dw, db, None, None, None, None
 
 
+def _product(
+    x: Tensor, w: Tensor, bias: Tensor | None, shape: Conv | Linear, codec: Codec, *maps: GradientMap | None
+) -> Tensor:
+    if not torch.is_grad_enabled():  # autograd would encode what nobody will ask for
+        return shape.forward(x, w, bias)
+    y: Tensor = _Matmul.apply(x, w, bias, shape, codec, *maps)
+    return y
+
+
 def conv2d(
     x: Tensor,
     w: Tensor,
@@ -132,8 +141,7 @@ def conv2d(
     grad_weight: GradientMap | None = None,
 ) -> Tensor:
     """x (B, C, H, W), w (O, C/groups, h, w), bias (O) or None -> (B, O, H', W')."""
-    y: Tensor = _Matmul.apply(x, w, bias, shape, codec or Whole(), grad_input, grad_weight)
-    return y
+    return _product(x, w, bias, shape, codec or Whole(), grad_input, grad_weight)
 
 
 def linear(
@@ -146,5 +154,4 @@ def linear(
     shape: Linear | None = None,
 ) -> Tensor:
     """x (..., C), w (O, C), bias (O) or None -> (..., O)."""
-    y: Tensor = _Matmul.apply(x, w, bias, shape or Linear(), codec or Whole(), grad_input, grad_weight)
-    return y
+    return _product(x, w, bias, shape or Linear(), codec or Whole(), grad_input, grad_weight)

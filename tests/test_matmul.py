@@ -76,3 +76,13 @@ def test_nothing_is_kept_for_a_weight_that_needs_no_gradient() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         conv2d(x, w.detach(), None, Conv())
     assert kept == [w.numel()]
+
+
+def test_nothing_is_encoded_where_no_gradient_will_be_asked_for() -> None:
+    class Never(Halves):
+        def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+            raise AssertionError("encoded in vain")
+
+    x, w = tensors((2, 3, 5, 5), (4, 3, 3, 3))
+    with torch.no_grad():
+        assert torch.equal(conv2d(x, w, None, Conv(), Never()), F.conv2d(x, w))
