@@ -1,7 +1,8 @@
 """Checkpoints with one commit point: the manifest. Whatever is killed when, the newest manifest names a whole state.
 
 Order of a save: CSV files to disk, then `step-N.pt` (private name, fsync, rename, fsync of the folder; a name that no
-manifest uses yet), then the same for `step-N.json`, which holds sizes, SHA-256 and the CSV offsets. Only then older ones go; the last two and the best stay.
+manifest uses yet), then the same for `step-N.json`, which holds sizes, SHA-256 and the CSV offsets. Only then older ones go;
+the last two and the best stay.
 Neither torch.load nor safetensors notices a flipped bit, so the checksum is verified before anything is decoded.
 """
 
@@ -23,6 +24,7 @@ from runner.files import reason, remove, sha256, write_atomic, write_json
 
 SCHEMA = 1
 KEEP = 2
+DATA = re.compile(r"(step-\d+|best)-\d+\.pt|step-\d+\.pt")
 STEP = re.compile(r"step-(\d+)\.json")
 
 
@@ -176,8 +178,8 @@ def _content(path: Path) -> bytes:
 
 def _beside(manifest: Path, name: Any) -> Path:
     """A file that a manifest names: beside it, nowhere else."""
-    if not isinstance(name, str) or Path(name).name != name:
-        raise Damaged(f"{manifest}: names a file outside its folder: {name!r}")
+    if not isinstance(name, str) or not DATA.fullmatch(name):
+        raise Damaged(f"{manifest}: names no data file beside it: {name!r}")
     return manifest.with_name(name)
 
 
