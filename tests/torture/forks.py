@@ -1,0 +1,151 @@
+"""The fork server: torch is imported once, every run is a child that can be killed at any moment."""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runner.environment import environment
+from runner.faults import Exit, exit_code
+from runner.folder import RunFolder, done_already, run_path
+from runner.job import train
+from runner.schema import RunConfig
+from runner.screen import Screen
+from tests.torture.phases import Board, watch
+
+KILLED = {-signal.SIGKILL, -signal.SIGALRM}  # exit codes of children that ended without a last word
+LIMIT = 120.0  # seconds after which a child counts as hanging
+BOARD = Board()
+
+
+def prepare() -> None:
+    """Once, before the first fork: one thread, so that a fork copies a whole process; what is read once, is read here."""
+    torch.set_num_threads(1)
+    environment(torch.device("cpu"))
+    watch(BOARD)
+
+
+def do_run(config: RunConfig) -> int:
+    """What `python -m runner` does with a checked config, and its exit code."""
+    try:
+        if not done_already(run_path(config), Screen("none")):
+            train(config, RunFolder(run_path(config)))
+        return int(Exit.DONE)
+    except BaseException as error:
+        traceback.print_exc()
+        return int(exit_code(error))
+
+
+def fork(work: Callable[[], int], place: Path, stopped: bool = False, aim: "Aim | None" = None) -> int:
+    """Start `work` in a child, in the folder `place`; its result becomes the exit code. The child's pid.
+
+    Its output goes to the file beside `place`, see `log_of`. With `stopped`, it waits for SIGCONT before it begins.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    BOARD.clear()
+    if aim is not None and aim.phase is not None:
+        BOARD.aim(aim.phase, aim.entry, aim.delay)
+    place.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        handle = os.open(log_of(place), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(place)
+        if stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def log_of(place: Path) -> Path:
+    """What all the children in a folder have said; outside of it, so that a full disk there does not silence them."""
+    return place.with_name(f"{place.name}.txt")
+
+
+def tail(place: Path, characters: int = 600) -> str:
+    """The last words of the children in a folder."""
+    return log_of(place).read_text(errors="replace")[-characters:] if log_of(place).exists() else ""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """When to kill: `delay` seconds after the `entry`-th time that `phase` begins (or after the start: phase None)."""
+
+    delay: float
+    phase: str | None = None
+    entry: int = 1
+
+
+@dataclass(frozen=True)
+class End:
+    """How a child ended: its exit code (negative: the signal), the phase it was in, the last step committed."""
+
+    code: int
+    phase: str
+    committed: int
+    seconds: float
+
+
+def finish(child: int, began: float) -> End:
+    """Wait for a child; one that hangs is killed and counts as code -99."""
+    while time.monotonic() - began < LIMIT:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return End(os.waitstatus_to_exitcode(status), BOARD.phase, BOARD.committed, time.monotonic() - began)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return End(-99, BOARD.phase, BOARD.committed, time.monotonic() - began)
+
+
+def run_once(work: Callable[[], int], place: Path) -> End:
+    """A child that nobody disturbs."""
+    began = time.monotonic()
+    return finish(fork(work, place), began)
+
+
+def run_and_kill(work: Callable[[], int], place: Path, aim: Aim) -> End:
+    """A child that is killed where `aim` says, if it gets there."""
+    began = time.monotonic()
+    child = fork(work, place, aim=aim)
+    if aim.phase is None:
+        time.sleep(aim.delay)
+        os.kill(child, signal.SIGKILL)
+    return finish(child, began)
+
+
+@dataclass
+class Marksman:
+    """Draws aims: most at a random time of the whole run, the others into a phase that time alone would rarely hit."""
+
+    rng: random.Random
+    seconds: float  # of an uninterrupted run
+    phases: dict[str, tuple[int, float]]  # entries and seconds of each phase in it
+    aimed: float = 0.5
+
+    def next(self) -> Aim:
+        if self.rng.random() > self.aimed:
+            return Aim(self.rng.uniform(0, self.seconds))
+        phase = self.rng.choice([name for name, (entries, _) in self.phases.items() if entries and name != "start"])
+        entries, spent = self.phases[phase]
+        return Aim(self.rng.uniform(0, spent / max(entries, 1)), phase, self.rng.randint(1, max(1, entries // 2)))
