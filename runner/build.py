@@ -16,7 +16,7 @@ from quant.classifier import find as find_classifier
 from quant.regularizer import Penalty, Regularizer
 from quant.regularizer import find as find_regularizer
 from quant.surgery import LayerRow, Rule, quantize_
-from runner.faults import ConfigError, Fault
+from runner.faults import BadData, ConfigError, Fault
 from runner.schema import DataPhase, Phase, QuantConfig, RunConfig
 from runner.weights import Match, load_matching, read_weights
 
@@ -46,6 +46,9 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
     remarks: list[str] = []
     if weights:
         loaded |= load_matching(model, weights.tensors)
+        if not loaded:
+            count = len(weights.tensors)
+            raise BadData(f"{config.pretrained}: none of its {count} tensors fits the network by name and shape")
         unused = sorted(weights.tensors.keys() - loaded)
         remarks += Match(loaded, sorted(model.state_dict().keys() - loaded), unused).lines()
     return Built(model, rows, remarks)

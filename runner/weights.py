@@ -18,7 +18,11 @@ from runner.faults import BadData, MissingInput
 from runner.files import write_atomic
 
 FORMAT = "lowbit-runner weights 1"
-ANYWHERE = {"outputs": "outputs", "checkpoint": None, "pretrained": None}  # where a run lay says nothing about its weights
+ANYWHERE = {
+    "outputs": "outputs",
+    "checkpoint": None,
+    "pretrained": None,
+}  # where a run lay says nothing about its weights
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ def _from_safetensors(path: Path) -> Weights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise BadData(f"{path}: not a safetensors file that can be read ({error})") from error
-    if not header.keys() - {"format"}:  # the only key that other writers use
+    if not any(
+        key == FORMAT or '"sha256"' in text for key, text in header.items()
+    ):  # one is left of ours after any flip
         return Weights(tensors, source=path)
     try:
         facts = json.loads(header[FORMAT])
