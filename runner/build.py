@@ -16,7 +16,9 @@ from quant.classifier import find as find_classifier
 from quant.regularizer import Penalty, Regularizer
 from quant.regularizer import find as find_regularizer
 from quant.surgery import LayerRow, Rule, quantize_
-from runner.faults import BadData, ConfigError, Fault
+from runner.config import with_batch_size, with_peak
+from runner.faults import BadData, ConfigError, Fault, refuse
+from runner.relations import data_phase_faults, phase_faults
 from runner.schema import DataPhase, Phase, QuantConfig, RunConfig
 from runner.weights import Match, load_matching, read_weights
 
@@ -82,10 +84,17 @@ def rules_of(config: QuantConfig) -> list[Rule]:
 
 def phases_of(config: RunConfig, model: nn.Module) -> tuple[Sequence[Phase], Sequence[DataPhase]]:
     """The regimes: the config's, or the model's own where the config leaves them to it."""
-    regime, data = config.regime.phases, config.data_regime.phases
-    phases = regime if regime is not None else _own(model, "regime", Phase, config.total_epochs)
+    phases, data = config.regime.phases, config.data_regime.phases
+    if phases is None:
+        phases = _own(model, "regime", Phase, config.total_epochs)
+        refuse(phase_faults("regime of the model", phases))
+        phases = with_peak(phases, config.lr) if config.lr else phases
+    if data is None:
+        data = _own(model, "data_regime", DataPhase, config.total_epochs)
+        refuse(data_phase_faults("data_regime of the model", data))
+        data = with_batch_size(data, config.batch_size) if config.batch_size else data
     _refuse_idle_schedules(phases, model, config.quant.name)
-    return phases, data if data is not None else _own(model, "data_regime", DataPhase, config.total_epochs)
+    return phases, data
 
 
 def _refuse_idle_schedules(phases: Sequence[Phase], model: nn.Module, quantizer: str) -> None:
@@ -99,8 +108,7 @@ def _refuse_idle_schedules(phases: Sequence[Phase], model: nn.Module, quantizer:
         for index, phase in enumerate(phases)
         for key in (phase.quant or {}).keys() - buffers
     ]
-    if faults:
-        raise ConfigError(faults)
+    refuse(faults)
 
 
 def _own(model: nn.Module, name: str, phase: type[P], epochs: int) -> list[P]:

@@ -11,7 +11,17 @@ from runner.catalog import MISSING, Component, catalog
 from runner.dataset_files import missing
 from runner.faults import ConfigError, Fault, nearest, shortened
 from runner.relations import relation_faults
-from runner.schema import DataRegimeConfig, DatasetConfig, Phase, RuleConfig, RunConfig, Schedule, Strict, Value
+from runner.schema import (
+    DataPhase,
+    DataRegimeConfig,
+    DatasetConfig,
+    Phase,
+    RuleConfig,
+    RunConfig,
+    Schedule,
+    Strict,
+    Value,
+)
 
 COMPONENTS = ("model", "quant", "classifier", "regularizer", "dataset")
 PLAIN_KEYS = {"quant": {"rules"}, "dataset": set(DatasetConfig.model_fields) - {"arguments"}}
@@ -55,8 +65,9 @@ def _right_parts(folded: Mapping[str, Any], faults: Iterable[Fault]) -> dict[str
     wrong = {fault.path.split(".")[0] for fault in faults}
     fields = {key: (info.annotation, info) for key, info in RunConfig.model_fields.items() if key not in wrong}
     parts = dict(create_model("Parts", __base__=Strict, **fields).model_validate({key: folded[key] for key in fields}))  # type: ignore[call-overload]
-    if parts.get("batch_size") and "data_regime" in parts:
-        parts["data_regime"] = _with_batch_size(parts["data_regime"], parts["batch_size"])
+    if parts.get("batch_size") and "data_regime" in parts and parts["data_regime"].phases is not None:
+        phases = with_batch_size(parts["data_regime"].phases, parts["batch_size"])
+        parts["data_regime"] = DataRegimeConfig(phases=phases)
     return parts
 
 
@@ -193,9 +204,9 @@ def shorthand(config: RunConfig) -> RunConfig:
     regime, data = config.regime, config.data_regime
     lr, batch_size = config.lr, config.batch_size
     if lr is not None and regime.phases is not None:
-        regime, lr = regime.model_copy(update={"phases": _rescaled(regime.phases, lr)}), None
+        regime, lr = regime.model_copy(update={"phases": with_peak(regime.phases, lr)}), None
     if batch_size is not None and data.phases is not None:
-        data, batch_size = _with_batch_size(data, batch_size), None
+        data, batch_size = data.model_copy(update={"phases": with_batch_size(data.phases, batch_size)}), None
     update = {
         "trainer": trainer,
         "regime": regime,
@@ -207,15 +218,14 @@ def shorthand(config: RunConfig) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def _with_batch_size(data: DataRegimeConfig, first: int) -> DataRegimeConfig:
-    """The data regime with every batch size in the same ratio to the first, which becomes `first`."""
-    ratio = first / (data.phases[0].batch_size or first) if data.phases else 1.0
-    sizes = [max(1, round(p.batch_size * ratio)) if p.batch_size else None for p in data.phases or []]
-    phases = [p.model_copy(update={"batch_size": size}) for p, size in zip(data.phases or [], sizes, strict=True)]
-    return data.model_copy(update={"phases": phases or None})
+def with_batch_size(phases: Sequence[DataPhase], first: int) -> list[DataPhase]:
+    """The phases with every batch size in the same ratio to the first, which becomes `first`."""
+    ratio = first / (phases[0].batch_size or first)
+    sizes = [max(1, round(p.batch_size * ratio)) if p.batch_size else None for p in phases]
+    return [p.model_copy(update={"batch_size": size}) for p, size in zip(phases, sizes, strict=True)]
 
 
-def _rescaled(phases: Sequence[Phase], peak: float) -> list[Phase]:
+def with_peak(phases: Sequence[Phase], peak: float) -> list[Phase]:
     """The phases with every learning rate in the same ratio to the highest, which becomes `peak`."""
 
     def highest(value: Value | None) -> float:

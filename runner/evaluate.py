@@ -59,7 +59,7 @@ def _sizes(config: RunConfig, model: nn.Module, image_size: int) -> dict[str, in
     """Batch and input size of the last epoch: those of the run's own test, so that the figures agree to the last digit."""
     setting = data_setting_at(phases_of(config, model)[1], config.total_epochs - 1)
     return {
-        "batch_size": config.batch_size or setting["batch_size"],
+        "batch_size": setting["batch_size"],
         "input_size": setting["input_size"] or image_size,
     }
 

@@ -52,6 +52,13 @@ class ConfigError(RunnerError):
         super().__init__("\n".join([f"the config has {count}:", *(f"  {fault}" for fault in self.faults)]))
 
 
+def refuse(faults: Iterable[Fault]) -> None:
+    """Raise ConfigError where there is a fault."""
+    found = list(faults)
+    if found:
+        raise ConfigError(found)
+
+
 class MissingInput(RunnerError):
     """Something that has to be there is not: a data set, a checkpoint."""
 

@@ -93,8 +93,6 @@ class Run:
     def data_setting(self, epoch: int) -> Setting:
         """Batch and input size of an epoch."""
         setting = data_setting_at(self.data_phases, epoch)
-        if self.config.batch_size:
-            setting["batch_size"] = self.config.batch_size
         return setting | {"input_size": setting["input_size"] or self.data.image_size}
 
     def sizes(self, epoch: int | None = None) -> dict[str, int]:
@@ -110,8 +108,7 @@ class Run:
         p = self.progress
         batch, step = (0, self._steps_before[p.epoch]) if at_start_of_epoch else (p.batch, p.step)
         clock = Clock(epoch=p.epoch, batch=batch, batches=self.batches_in(p.epoch), step=step)
-        setting = setting_at(self.phases, clock, epochs=self.config.total_epochs, steps=self._steps_before[-1])
-        return setting | ({"lr": self.config.lr} if self.config.lr is not None else {})
+        return setting_at(self.phases, clock, epochs=self.config.total_epochs, steps=self._steps_before[-1])
 
     def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What is left of the current epoch."""

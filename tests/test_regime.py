@@ -3,12 +3,15 @@
 import copy
 import math
 import random
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from runner.build import phases_of
 from runner.compose import compose_words, config_from
 from runner.config import check
 from runner.faults import ConfigError
@@ -173,6 +176,59 @@ def test_the_timeline_is_what_training_will_see(words: list[str]) -> None:
         del sizes["phase"]
         assert row == expected | sizes | {"epoch": epoch, "step": step}
         step += lengths[epoch]
+
+
+# Regimes that a model carries ------------------------------------------------------------------------------------------
+
+
+class Carrier(nn.Module):
+    """A network with a recipe of its own."""
+
+    def __init__(self, regime: Any, data_regime: Any) -> None:
+        super().__init__()
+        self.regime, self.data_regime = regime, data_regime
+
+
+OWN = config_from(["regime=model", "data_regime=model", "epochs=4"])
+SIZES = [{"epoch": 0, "batch_size": 64}, {"epoch": 2, "batch_size": 16, "input_size": 20}]
+
+
+def test_a_model_brings_its_phases_as_a_list_or_as_a_function_of_the_epoch() -> None:
+    listed = [SGD | {"lr": 0.4}, {"epoch": 2, "lr": 0.1}]
+    found, sizes = phases_of(OWN, Carrier(listed, SIZES))
+    assert [phase.lr for phase in found] == [0.4, 0.1]
+    assert [phase.batch_size for phase in sizes] == [64, 16]
+    asked = Carrier(
+        lambda epoch: {"optimizer": "SGD", "lr": 0.4 / (epoch + 1)}, lambda epoch: {"batch_size": 8 * (epoch + 1)}
+    )
+    found, sizes = phases_of(OWN, asked)
+    assert [at(list(found), epoch, epochs=4)["lr"] for epoch in range(4)] == [0.4, 0.2, 0.4 / 3, 0.1]
+    assert [data_setting_at(sizes, epoch)["batch_size"] for epoch in range(4)] == [8, 16, 24, 32]
+
+
+def test_short_forms_keep_the_ratios_of_a_models_own_phases() -> None:
+    listed = [SGD | {"lr": 0.4}, {"epoch": 2, "lr": {"schedule": "cosine", "from": 0.1, "to": 0.0}}]
+    config = config_from(["regime=model", "data_regime=model", "lr=1", "batch_size=32"])
+    found, sizes = phases_of(config, Carrier(listed, SIZES))
+    assert at(list(found), 0)["lr"] == 1.0
+    assert at(list(found), 2)["lr"] == pytest.approx(0.25)
+    assert [phase.batch_size for phase in sizes] == [32, 8]
+
+
+@pytest.mark.parametrize(
+    ("regime", "sizes", "says"),
+    [
+        (None, SIZES, "carries no attribute `regime`"),
+        ([SGD], None, "carries no attribute `data_regime`"),
+        ([SGD, {"epoch": 0, "lr": 1}], SIZES, "regime of the model.phases.1: starts at 0"),
+        ([{"epoch": 0, "lr": 1}], SIZES, "regime of the model.phases.0: the first phase needs"),
+        ([SGD | {"lr": -1}], SIZES, "greater than or equal to 0"),
+        ([SGD], [{"epoch": 1, "batch_size": 3}], "data_regime of the model.phases.0: the first phase must start at 0"),
+    ],
+)
+def test_a_model_whose_own_phases_make_no_sense_is_refused(regime: Any, sizes: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        phases_of(OWN, Carrier(regime, sizes))
 
 
 # Regimes that are refused ----------------------------------------------------------------------------------------------
