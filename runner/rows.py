@@ -31,8 +31,7 @@ def write_epoch(run: Run, result: Result, eval_seconds: float) -> None:
     for alarm in alarms(rows):
         run.screen.say(f"warning: {alarm}")
     run.folder.status("running", epoch=run.progress.epoch + 1, step=run.progress.step)
-    if not run.screen.live:
-        run.screen.say(epoch_line(metrics, timing, run.config.total_epochs))
+    run.screen.say(epoch_line(metrics, timing, run.config.total_epochs))
 
 
 def metrics_row(run: Run, result: Result) -> dict[str, Any]:
