@@ -72,7 +72,7 @@ def _with_stored(raw: Mapping[str, Any], weights: Weights, said: Sequence[str]) 
     if merged.get("plugins") and "plugins" not in said:
         message = f"the stored model needs {merged['plugins']}; a plugin is code, so say plugins= to have it run"
         raise ConfigError([Fault("plugins", message)])
-    for key in [*said, "mode", "checkpoint"]:
+    for key in [*said, "mode", "checkpoint", "trainer.progress"]:
         try:
             _copy(raw, merged, key.split("."))
         except (KeyError, IndexError, ValueError) as error:
