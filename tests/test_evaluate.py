@@ -1,0 +1,160 @@
+"""A stored model is measured as its run measured it; words change what they name; foreign and damaged files are refused."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from runner.cli import run
+from runner.compose import config_from
+from runner.job import train
+
+SMALL = ["dataset=synthetic", "dataset.size=28", "dataset.channels=1", "dataset.samples=200", "dataset.test_samples=90",
+         "dataset.noise=0.6", "batch_size=32"]  # fmt: skip
+QUIET = ["trainer.progress=none", "trainer.dashboard=none", "trainer.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run whose last and best weights differ from one another, with an average and a data regime of two sizes."""
+    import signal
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sizes = "data_regime.phases=[{epoch: 0, batch_size: 32}, {epoch: 1, batch_size: 20}]"
+    words = [*SMALL, *QUIET, sizes, "epochs=3", "trainer.select=last", "trainer.ema=0.8", "seed=4"]
+    yield train(config_from([*words, f"outputs={tmp_path_factory.mktemp('outputs')}"]))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def evaluated(*words: str) -> dict[str, Any]:
+    """The figures that `runner evaluate` saves."""
+    assert run(["evaluate", *words, "trainer.progress=none"]) == 0
+    path = Path(next(word for word in words if word.startswith("checkpoint=")).removeprefix("checkpoint="))
+    place = path if path.is_dir() else path.parent
+    return json.loads((place / "evaluation.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_every_file_of_a_run_gives_the_figures_of_its_summary(finished: Path) -> None:
+    said = summary(finished)
+    (last,) = (path for path in (finished / "checkpoints").glob(f"step-{said['steps']}.json"))
+    for path in (finished, finished / "weights.safetensors", last, last.with_suffix(".pt")):
+        found = evaluated(f"checkpoint={path}")
+        assert {key: found[key] for key in ("test_top1", "test_top5", "test_loss")} == {
+            key: said[key] for key in ("test_top1", "test_top5", "test_loss")
+        }, path
+        assert found["val_top1"] == said["final_val_top1"]
+
+
+def test_the_best_weights_give_the_best_figure(finished: Path) -> None:
+    (best,) = (finished / "checkpoints").glob("best-*.pt")
+    assert evaluated(f"checkpoint={best}")["val_top1"] == summary(finished)["best_val_top1"]
+
+
+def test_a_run_without_its_shared_weights_is_measured_from_its_checkpoints(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "weights.safetensors").unlink()
+    assert run(["evaluate", f"checkpoint={copy}", "trainer.progress=none"]) == 0
+    found = json.loads((copy / "checkpoints" / "evaluation.json").read_text())
+    assert found["val_top1"] == summary(finished)["best_val_top1"]
+
+
+def test_words_change_what_they_name_and_nothing_else(finished: Path) -> None:
+    other = evaluated(f"checkpoint={finished}", "dataset.test_samples=40", "dataset.seed=1")
+    assert other["test_top1"] % 2.5 == 0, "of 40 images"
+    assert other["test_loss"] != summary(finished)["test_loss"]
+    parts = evaluated(f"checkpoint={finished}", "batch_size=7")
+    assert parts["test_top1"] == pytest.approx(summary(finished)["test_top1"], abs=1.2)
+    whole = evaluated(
+        f"checkpoint={finished}", "dataset=synthetic", "dataset.size=28", "dataset.channels=1", "mode=evaluate"
+    )
+    assert whole["test_top1"] != summary(finished)["test_top1"], "the whole section, with the defaults of its file"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["checkpoint={run}", "model=vgg_small"], 65, "belongs to another network"),
+        (["checkpoint={run}", "quant=none"], 65, "belongs to another network"),
+        (["checkpoint={run}", "dataset=mnist", "dataset.root=/nowhere"], 78, "dataset.root: mnist"),
+        (["checkpoint={run}", "dataset.evil=1"], 78, "dataset.evil: unknown key"),
+        (["checkpoint={run}", "evil=1"], 78, "evil"),
+        (["checkpoint={run}", "quant.gradient=exat"], 78, "Did you mean 'exact'"),
+        (["checkpoint={run}", "model=lenet"], 78, "Did you mean 'lenet5'"),
+        (["checkpoint={run}", "model.a.b.c=1"], 78, "model.a"),
+        (["checkpoint=/nowhere"], 66, "/nowhere: no such file or folder"),
+        (["checkpoint={tmp}"], 66, "is it a run folder?"),
+        (["checkpoint={run}/metrics.csv"], 65, "metrics.csv"),
+        (["checkpoint={run}/config.yaml"], 65, "config.yaml"),
+        (["checkpoint={tmp}/half.safetensors"], 65, "half.safetensors"),
+        (["checkpoint={tmp}/flipped.safetensors"], 65, "checksum"),
+        (["checkpoint={tmp}/foreign.pt"], 65, "belongs to another network"),
+        ([], 78, "mode=evaluate needs checkpoint=PATH"),
+        (["checkpoint=5"], 78, "checkpoint: value should be a valid string"),
+        (["checkpoint=null"], 78, "mode=evaluate needs checkpoint=PATH"),
+    ],
+)
+def test_what_cannot_be_measured(
+    words: list[str], code: int, says: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (finished / "weights.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.safetensors").write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+    torch.save({"weight": torch.ones(3)}, tmp_path / "foreign.pt")
+    lines = [word.format(run=finished, tmp=tmp_path) for word in words]
+    assert run(["evaluate", *lines]) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+
+
+def test_mode_evaluate_means_the_same_however_it_is_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And it prints, although the run itself was told to be quiet."""
+    for words in (["mode=evaluate"], ["++mode=evaluate"], ["mode='evaluate'"]):
+        assert run([*words, f"checkpoint={finished}"]) == 0
+        assert f"top1 {summary(finished)['test_top1']:.2f} %" in capsys.readouterr().out
+
+
+def test_a_plugin_of_a_stored_model_runs_only_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_signals: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A weights file names modules to import: that is code, and somebody else's file must not choose it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "made_small.py").write_text(
+        dedent("""
+        from models.base import register
+        from torch import nn
+
+        @register("made_small")
+        def made_small(*, in_channels: int, num_classes: int, image_size: int, hidden: int = 8) -> nn.Module:
+            layers = nn.Linear(in_channels * image_size**2, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+            return nn.Sequential(nn.Flatten(), *layers)
+    """)
+    )
+    own = tmp_path / "own" / "model" / "made_small.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(yaml.safe_dump({"name": "made_small", "hidden": 12}))
+    words = [
+        *SMALL,
+        "epochs=1",
+        "plugins=[made_small]",
+        "model=made_small",
+        "quant=none",
+        f"outputs={tmp_path}/outputs",
+    ]
+    folder = train(config_from(words, [str(tmp_path / "own")]))
+    assert run(["evaluate", f"checkpoint={folder}"]) == 78
+    assert "a plugin is code, so say plugins= to have it run" in capsys.readouterr().err
+    found = evaluated(f"checkpoint={folder}", "plugins=[made_small]")
+    assert found["test_top1"] == summary(folder)["test_top1"]
