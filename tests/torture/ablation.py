@@ -150,8 +150,8 @@ def _forget(drop: Drop, best: bool = False) -> None:
         drop(self, state)
         restore(self, state, manifest, None if best else weights)
 
-    Run._restore = forgetful  # type: ignore[method-assign]
+    Run._restore = forgetful  # type: ignore[method-assign, assignment]
 
 
 def _forget_offsets() -> None:
-    CsvLog.rewind = lambda *_: None  # type: ignore[method-assign, assignment]
+    CsvLog.rewind = lambda *_: None  # type: ignore[method-assign]

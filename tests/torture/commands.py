@@ -41,7 +41,9 @@ def start(words: list[str], place: Path, **more: Any) -> subprocess.Popen[bytes]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [*more.pop("prefix", []), sys.executable, "-m", "runner", *words]
     with log_of(place).open("ab") as log:
-        return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True, **more)
+        return subprocess.Popen(
+            command, cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True, **more
+        )
 
 
 def finished(process: subprocess.Popen[bytes]) -> int:
@@ -62,7 +64,9 @@ def run(runs: int, seed: int, root: Path) -> dict[str, Any]:
     code = finished(start(scenario.command, root / "reference"))
     assert code == 0, tail(root / "reference")
     seconds = time.monotonic() - began
-    known = Reference(scenario.folder(root / "reference"), fingerprint(scenario.folder(root / "reference")), seconds, {})
+    known = Reference(
+        scenario.folder(root / "reference"), fingerprint(scenario.folder(root / "reference")), seconds, {}
+    )
     for number in range(runs):
         bad += _disturbed(scenario, known, root / f"run-{number}", rng, codes, tally)
     return vars(tally) | {"exit_codes": {str(code): count for code, count in sorted(codes.items())}, "bad": bad}
@@ -79,7 +83,8 @@ def _disturbed(
         (os.killpg if to_group else os.kill)(process.pid, sent)
         code = finished(process)
         codes[code] += 1
-        bad += [f"{sent.name} to {'group' if to_group else 'process'}: {fault}" for fault in _wrong(code, sent, scenario, place, tally)]
+        whom = f"{sent.name} to the {'group' if to_group else 'process'}"
+        bad += [f"{whom}: {fault}" for fault in _wrong(code, sent, scenario, place, tally)]
         if code == 0:
             break
     code = finished(start(scenario.command, place))

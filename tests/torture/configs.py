@@ -18,17 +18,22 @@ SMALL = (
     "model.channels=[2,3]"
 ).split()
 STEPS = ["trainer.max_steps=2", "epochs=1"]
-VALUES = (
-    "0 1 2 3 7 -1 1.5 0.1 1e-3 1e999 -0.0 nan inf true false null abc 'a b' \"\" [] [1] [1,2] [20,50] {} {a:1} ${seed} ${oc.env:HOME} "
-    "${nope} ??? ~ 1_000 0x10 08 9999999999999999999 /etc ../.. é 日本 a=b a:b \\ ' \" ( ] first last SGD Adam exact v3 stochastic"
-).split(" ")
-STRAY = (
-    "_target_=os.system +evil=1 ++x.y=2 ~model ~dataset.name lrr=1 model=resnt18 quant= = seed hydra.run.dir=/etc/x hydra/launcher=joblib "
-    "model._target_=torch.load quant.rules=[{match:first}] quant.rules=[{match:nothing}] regime.phases=[] regime.phases=[{epoch:0}] "
-    "regime.phases=[{epoch:1,optimizer:SGD,lr:0.1}] regime.phases=[{epoch:0,optimizer:SGD,lr:-5}] data_regime.phases=[{epoch:0,batch_size:4}] "
-    "classifier=fixed regularizer=rounding_margin regime=cosine regime=adam_step data_regime=batch32 model=vgg6 quant.name=xnor seed=1,2 -m "
-    "name=../../x name=a/b plugins=[os] plugins=[nowhere.to.be.found] plugins=['../x'] trainer.ema=0.9 trainer.accumulate=2 trainer.grad_clip=1"
-).split()
+VALUES = [
+    *"0 1 2 3 7 -1 1.5 0.1 1e-3 1e999 -0.0 nan inf true false null abc".split(),
+    *"[] [1] [1,2] [20,50] {} {a:1} ${seed} ${oc.env:HOME} ${nope} ??? ~ 1_000 0x10 08 9999999999999999999".split(),
+    *'/etc ../.. é 日本 a=b a:b \\ \' " "" ( ] first last SGD Adam exact v3 stochastic'.split(),
+    "'a b'",
+]
+STRAY = [
+    *"_target_=os.system +evil=1 ++x.y=2 ~model ~dataset.name lrr=1 model=resnt18 quant= = seed seed=1,2 -m".split(),
+    *"hydra.run.dir=/etc/x hydra/launcher=joblib model._target_=torch.load name=../../x name=a/b".split(),
+    *"quant.rules=[{match:first}] quant.rules=[{match:nothing}] quant.name=xnor model=vgg6".split(),
+    *"regime.phases=[] regime.phases=[{epoch:0}] regime.phases=[{epoch:1,optimizer:SGD,lr:0.1}]".split(),
+    *"regime.phases=[{epoch:0,optimizer:SGD,lr:-5}] data_regime.phases=[{epoch:0,batch_size:4}]".split(),
+    *"classifier=fixed regularizer=rounding_margin regime=cosine regime=adam_step data_regime=batch32".split(),
+    *"plugins=[os] plugins=[nowhere.to.be.found] plugins=['../x']".split(),
+    *"trainer.ema=0.9 trainer.accumulate=2 trainer.grad_clip=1".split(),
+]
 
 
 def run(configs: int, seed: int, root: Path) -> dict[str, Any]:
@@ -76,8 +81,13 @@ def _words(rng: random.Random, keys: list[str]) -> list[str]:
         elif kind < 0.95:
             words.append(f"{rng.choice(list(groups))}={rng.choice(rng.choice(list(groups.values())))}")
         else:
-            words.append("".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(1, 0x2FFF)))) for _ in range(rng.randrange(1, 30))))
+            words.append(_noise(rng))
     return words
+
+
+def _noise(rng: random.Random) -> str:
+    """Printable and other characters, in no order."""
+    return "".join(chr(rng.randrange(*rng.choice(((32, 127), (1, 0x2FFF))))) for _ in range(rng.randrange(1, 30)))
 
 
 def _two_steps(words: list[str], config: RunConfig, place: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""The negative control: the same harness over storage as it is often written. It must be seen to fail, or the harness proves nothing."""
+"""The negative control: the same harness over storage as it is often written.
+
+It must be seen to fail, or the harness proves nothing.
+"""
 
 import os
 import random
@@ -25,7 +28,7 @@ def use_naive_storage() -> None:
     Checkpoints.save = _save  # type: ignore[method-assign]
     Checkpoints.newest = _newest  # type: ignore[method-assign]
     CsvLog.rewind = CsvLog.clear = lambda *_: None  # type: ignore[method-assign, assignment]
-    runner.weights.write_atomic = runner.files.write_atomic = _write  # type: ignore[assignment]
+    runner.weights.write_atomic = runner.files.write_atomic = _write  # type: ignore[attr-defined]
 
 
 def _save(self: Checkpoints, step: int, state: Mapping[str, Any], best: Any, facts: Mapping[str, Any]) -> None:

@@ -25,14 +25,14 @@ class Named:
 
 forks.prepare()
 LEVELS = [
-    Named("kills", 200, 10_000, kills.run),
-    Named("syscall_kills", 100, 100_000, syscalls.run_kills),
-    Named("syscall_errors", 70, 100_000, syscalls.run_errors),
+    Named("kills", 150, 10_000, kills.run),
+    Named("syscall_kills", 90, 100_000, syscalls.run_kills),
+    Named("syscall_errors", 60, 100_000, syscalls.run_errors),
     Named("power_cuts", 20, 500, power.run),
     Named("command_lines", 6, 200, commands.run),
     Named("mutants", 1_000, 10_000, mutants.run),
     Named("malicious", 0, 0, mutants.run_malicious),
-    Named("configs", 500, 5_000, configs.run),
+    Named("configs", 300, 5_000, configs.run),
     Named("ablation", 0, 0, ablation.run),
     Named("control_kills", 15, 100, control.run_kills),
     Named("control_power", 4, 20, control.run_power),

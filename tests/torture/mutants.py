@@ -33,6 +33,7 @@ BATCH = 50  # mutants a child
 REFUSED, SAME, OTHER, CRASHED = 0, 1, 2, 3
 WORDS = ("refused", "same", "silently other", "odd exception")
 Mutate = Callable[[bytes, random.Random], bytes]
+Job = tuple[Path, Mutate, int]  # a file, what is done to it, and the seed of that
 
 
 def _flip(content: bytes, rng: random.Random) -> bytes:
@@ -80,14 +81,22 @@ def run(mutants: int, seed: int, root: Path) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     bad: list[str] = []
     for number in range(0, mutants, BATCH):
-        jobs = [(path := rng.choice(files), rng.choice(MUTATIONS), rng.randrange(2**32)) for _ in range(min(BATCH, mutants - number))]
-        verdicts = _in_child(lambda jobs=jobs: [_try(*job, manifest, whole[job[0]], root / "scratch") for job in jobs], root)  # type: ignore[misc]
+        jobs = [
+            (rng.choice(files), rng.choice(MUTATIONS), rng.randrange(2**32))
+            for _ in range(min(BATCH, mutants - number))
+        ]
+        verdicts = _in_child(_trials(jobs, manifest, whole, root / "scratch"), root)
         if verdicts is None:
             bad.append(f"a child crashed or hung on one of {jobs}")
             continue
         counts.update(WORDS[verdict] for verdict in verdicts)
-        bad += [f"{WORDS[v]}: {job[1].__name__} {job[0].name} {job[2]}" for v, job in zip(verdicts, jobs, strict=True) if v >= OTHER]
+        pairs = zip(verdicts, jobs, strict=True)
+        bad += [f"{WORDS[v]}: {mutate.__name__} {path.name} {s}" for v, (path, mutate, s) in pairs if v >= OTHER]
     return {"mutants": sum(counts.values()), **counts, "bad": bad}
+
+
+def _trials(jobs: list[Job], manifest: Path, whole: dict[Path, str], scratch: Path) -> Callable[[], list[int]]:
+    return lambda: [_try(job, manifest, whole[job[0]], scratch) for job in jobs]
 
 
 def _made(root: Path) -> Path:
@@ -107,10 +116,14 @@ def _opened(path: Path, manifest: Path) -> str:
     return digest([found.manifest, found.state, found.best])
 
 
-def _try(path: Path, mutate: Mutate, seed: int, manifest: Path, whole: str, scratch: Path) -> int:
+def _try(job: Job, manifest: Path, whole: str, scratch: Path) -> int:
     """What becomes of one mutant, among copies of the files that belong to it."""
+    path, mutate, seed = job
     shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(path.parent, scratch, ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()])
+    scratch.mkdir()
+    for file in path.parent.iterdir():
+        if file.is_file():
+            shutil.copy(file, scratch)
     rng = random.Random(seed)
     (scratch / path.name).write_bytes(mutate(path.read_bytes(), rng))
     try:
@@ -185,7 +198,10 @@ def malicious(mark: Path) -> Iterator[tuple[str, bytes]]:
         yield f"{name}, bare pickle", pickle.dumps(payload)
     yield "deflated zip bomb", _zip({"archive/data.pkl": bytes(64 << 20)}, zipfile.ZIP_DEFLATED)
     yield "bomb of a compressed tensor", _recompressed(torch.zeros(16 << 20))
-    yield "zip with a name outside", _zip({"../../evil": b"x", "archive/data.pkl": pickle.dumps({})}, zipfile.ZIP_STORED)
+    yield (
+        "zip with a name outside",
+        _zip({"../../evil": b"x", "archive/data.pkl": pickle.dumps({})}, zipfile.ZIP_STORED),
+    )
     yield "nested lists", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
 
 

@@ -57,7 +57,12 @@ def prepare() -> None:
 
 
 def cut(
-    scenario: Scenario, known: Reference, place: Path, rng: random.Random, done: Cuts, unsafe: Callable[[], None] | None = None
+    scenario: Scenario,
+    known: Reference,
+    place: Path,
+    rng: random.Random,
+    done: Cuts,
+    unsafe: Callable[[], None] | None = None,
 ) -> None:
     """One power cut at a random moment, and what the run makes of the rest. `unsafe` is called in the run that is cut."""
 
@@ -76,7 +81,9 @@ def cut(
     with mounted(copy, place / "found", mode) as disk:
         there = disk / "run"
         folder = scenario.folder(there)
-        found = max((int(path.stem.split("-")[1]) for path in Checkpoints(folder / "checkpoints").manifests()), default=-1)
+        found = max(
+            (int(path.stem.split("-")[1]) for path in Checkpoints(folder / "checkpoints").manifests()), default=-1
+        )
         done.lost_commits += end.committed > found
         again = run_once(lambda: do_run(scenario.config), there)
         faults = judge(folder, known, again.code, there)

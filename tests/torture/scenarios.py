@@ -145,4 +145,3 @@ def _pieces(value: Any) -> Iterable[bytes]:
 
 def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-

@@ -35,7 +35,8 @@ ERRORS = {
     "ftruncate": ("EIO",),
     "mkdir": ("ENOSPC", "EROFS"),
 }
-HONEST = {int(code) for code in (Exit.DONE, Exit.IO, Exit.LOCKED)}  # what an I/O error may end with; DONE where it does no harm
+# What an I/O error may end with; DONE where it does no harm.
+HONEST = {int(code) for code in (Exit.DONE, Exit.IO, Exit.LOCKED)}
 
 
 @dataclass(frozen=True)
