@@ -84,7 +84,9 @@ def _public(command: Sequence[str]) -> str:
 
 
 def _numbers(row: dict[str, str]) -> Row:
-    return {key: float(value) if key in NUMBERS else value for key, value in row.items()} | {"seed": int(row["seed"])}
+    return {key: float(value) if key in NUMBERS and value else value for key, value in row.items()} | {
+        "seed": int(row["seed"])
+    }
 
 
 def _configuration(row: Row) -> tuple[Any, ...]:
@@ -106,10 +108,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         groups.setdefault(_configuration(row), []).append(row)
     floats = {key[:3]: group for key, group in groups.items() if key[3] == "none"}
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    for key, group in groups.items():
-        lines.append("| " + " | ".join(_cells(key, group, floats.get(key[:3], []))) + " |")
-    return "\n".join(lines) + "\n"
+    table = [list(_cells(key, group, floats.get(key[:3], []))) for key, group in groups.items()]
+    filled = [index for index in range(len(HEADINGS)) if any(line[index] for line in table)]
+    lines = [[line[index] for index in filled] for line in [list(HEADINGS), ["---"] * len(HEADINGS), *table]]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _cells(key: tuple[Any, ...], group: list[Row], floats: list[Row]) -> Iterable[str]:
@@ -117,13 +119,16 @@ def _cells(key: tuple[Any, ...], group: list[Row], floats: list[Row]) -> Iterabl
     yield from (str(model), str(dataset), " ".join(filter(None, [f"{quant}", settings])), str(epochs), str(len(group)))
     yield _spread([row["test_top1"] for row in group])
     yield "" if quant == "none" else _difference(group, floats)
-    yield f"{_mean(group, 'saved_bytes_per_sample') / 1024:.1f}"
-    yield f"{_mean(group, 'packed_bytes') / 1024:,.0f}"
-    yield f"{_mean(group, 'train_seconds') / int(epochs):.1f}"
+    yield _mean(group, "saved_bytes_per_sample", 1024, "{:.1f}")
+    yield _mean(group, "packed_bytes", 1024, "{:,.0f}")
+    yield _mean(group, "train_seconds", int(epochs), "{:.1f}")
 
 
-def _mean(group: list[Row], key: str) -> float:
-    return sum(float(row[key]) for row in group) / len(group)
+def _mean(group: list[Row], key: str, unit: int, form: str) -> str:
+    """Nothing where a run has no such figure."""
+    if any(row[key] in (None, "") for row in group):
+        return ""
+    return form.format(sum(float(row[key]) for row in group) / len(group) / unit)
 
 
 def _spread(values: Sequence[float]) -> str:
