@@ -27,7 +27,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["runner.job"])
 
 SMALL = ["dataset=synthetic", "dataset.size=28", "dataset.channels=1", "dataset.samples=200", "dataset.test_samples=40",
-         "batch_size=16", "dataset.augment.flip=true", "dataset.augment.crop=2", "epochs=4", "trainer.checkpoint_every=3"]  # fmt: skip
+         "dataset.augment.flip=true", "dataset.augment.crop=2",
+         "batch_size=16", "epochs=4", "trainer.checkpoint_every=3"]  # fmt: skip
 QUIET = ["trainer.progress=none", "trainer.dashboard=none", "trainer.threads=1"]
 TINY = ["plugins=[made_dropout]", "model=made_dropout"]
 ADAM = "{epoch: 0, optimizer: Adam, lr: 0.003, betas: [0.8, 0.9]}"

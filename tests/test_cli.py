@@ -1,0 +1,162 @@
+"""The command line: exit codes, one clear message, no traceback, and no torch before there is work for it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Runner, environment
+
+from runner import cli
+from runner.cli import VERBS
+from runner.faults import BadData, ConfigError, Exit, RunnerError, exit_code, nearest
+
+BAD_LINES = {
+    "modle=lenet5": "modle: unknown key. Did you mean 'model'?",
+    "model=lenet": "Did you mean 'lenet5'?",
+    "quant.gradient=exat": "Did you mean 'exact'?",
+    "trainer.epochs=0": "trainer.epochs: ",
+    "regime.phases.0.lr=-1": "regime.phases.0.lr: ",
+    "+evil=1": "evil: unknown key",
+    "dataset=mnist dataset.root=/nowhere": "/nowhere/MNIST/raw",
+    "batch_size=2000": "more than the 1,150 training images",
+    "regime.phases=[{epoch:0,optimizer:SGD,lr:1},{epoch:0,lr:2}]": "put them in order",
+    "model._target_=os.system": "names code and is refused",
+    "name=${oc.env:HOME}": "calls a resolver",
+    "hydra.run.dir=/etc/x": "outputs=DIR",
+    "evaluate": "mode=evaluate needs checkpoint=PATH",
+    "mode=evaluate checkpoint=/nowhere model=lenet": "Did you mean 'lenet5'?",
+    "regime lr=-1": "lr: ",
+    "regime regime=model": "choose a regime to draw it",
+    "evalute": "Did you mean 'evaluate'?",
+    "-m quant=none,xnor seed=-1,0": "seed: value should be greater than or equal to 0, not -1",
+    "-m model=lenet": "Did you mean 'lenet5'?",
+    "--config-dir=/nowhere": "there is no folder /nowhere",
+    "plugins=[nowhere]": "plugin 'nowhere' cannot be found",
+}
+PROBE = """
+import contextlib, io, json, sys
+from runner.cli import run
+answers = []
+for line in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(line)
+    heavy = sorted({"torch", "torchvision", "numba", "pandas", "bokeh", "sklearn"} & set(sys.modules))
+    answers.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "heavy": heavy})
+print(json.dumps(answers))
+"""
+
+
+def probed(lines: list[list[str]], cwd: Path) -> list[dict[str, object]]:
+    """What `runner` answers to several lines in one process, and which heavy packages it loaded for them."""
+    command, said = [sys.executable, "-c", PROBE], json.dumps(lines)
+    found = subprocess.run(command, cwd=cwd, env=environment(), input=said, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout)  # type: ignore[no-any-return]
+
+
+def test_bad_input_gets_one_message_exit_78_and_never_loads_torch(tmp_path: Path) -> None:
+    answers = probed([line.split() for line in BAD_LINES], tmp_path)
+    for (line, says), answer in zip(BAD_LINES.items(), answers, strict=True):
+        assert answer["code"] == 78, (line, answer)
+        assert str(answer["err"]).startswith("runner: the config has "), line
+        assert says in str(answer["err"]), (line, answer["err"])
+        assert "Traceback" not in str(answer["err"])
+        assert answer["out"] == ""
+        assert answer["heavy"] == [], line
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_help_is_for_people_and_loads_nothing_heavy(tmp_path: Path) -> None:
+    (answer,) = probed([["--help"]], tmp_path)
+    assert answer["code"] == 0
+    assert answer["heavy"] == []
+    for word in ("usage:", "lenet5", "xnor", "digits", "epochs", *VERBS):
+        assert word in str(answer["out"])
+
+
+def test_real_lines_end_as_they_should(runner: Runner) -> None:
+    found = runner("modle=lenet5", "+evil=1", "trainer.epochs=0")
+    assert found.returncode == 78
+    assert found.stdout == ""
+    assert "3 faults" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert runner("evaluate", "checkpoint=/nowhere").returncode == 66
+
+
+def test_the_regime_of_a_config_is_drawn_before_any_training(tmp_path: Path) -> None:
+    (answer,) = probed([["regime", "regime=cosine", "epochs=12", f"outputs={tmp_path}/out"]], tmp_path)
+    assert answer["code"] == 0, answer
+    assert "torch" not in answer["heavy"]  # type: ignore[operator]
+    assert "weight_decay" in str(answer["out"])
+    assert (tmp_path / "out" / "regime.html").is_file()
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    lines = [[f"outputs={tmp_path}/file"], ["outputs=/proc/nowhere"]]
+    for line, answer in zip(lines, probed(lines, tmp_path), strict=True):
+        assert answer["code"] == 73, answer
+        assert line[0].removeprefix("outputs=") in str(answer["err"])
+        assert answer["heavy"] == []
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    from runner.compose import config_from
+    from runner.folder import run_path
+
+    folder = run_path(config_from([f"outputs={tmp_path}/out"]))
+    folder.parent.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    (answer,) = probed([[f"outputs={tmp_path}/out"]], tmp_path)
+    assert answer["code"] == 73
+    assert "symbolic link" in str(answer["err"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ConfigError(["a fault"]), 78, "runner: the config has a fault:\n  a fault\n"),
+        (BadData("damaged"), 65, "runner: damaged\n"),
+        (OSError(28, "No space left on device"), 74, "runner: [Errno 28] No space left on device\n"),
+        (MemoryError(), 71, "out of memory; try a smaller batch_size="),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 71, "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 71, "out of memory"),
+        (RuntimeError("something else"), 70, "an error of the program itself"),
+        (ZeroDivisionError("division by zero"), 70, "an error of the program itself"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_every_error_has_its_code_and_its_message(
+    error: BaseException, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert cli.run([]) == code
+    told = capsys.readouterr().err
+    assert says in told
+    assert ("Traceback" in told) == (code == 70), "a traceback is for mistakes of the program only"
+
+
+def test_exit_codes_are_an_interface() -> None:
+    assert {code.name: int(code) for code in Exit} == {
+        "DONE": 0, "JOB_FAILED": 1, "DIVERGED": 20, "BAD_DATA": 65, "NO_INPUT": 66, "INTERNAL": 70, "OUT_OF_MEMORY": 71,
+        "LOCKED": 73, "IO": 74, "PREEMPTED": 75, "BAD_CONFIG": 78,
+    }  # fmt: skip
+    for error in RunnerError.__subclasses__():
+        made = error([]) if error is ConfigError else error("")
+        assert exit_code(made) == error.code != Exit.INTERNAL
+
+
+NEAR = [("lenet", ["lenet5", "vgg6"], "lenet5"), ("sgd", ["SGD", "Adam"], "SGD"), ("nxor", ["none", "xnor"], "xnor"),
+        ("zzz", ["none"], "")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("word", "known", "near"), NEAR)
+def test_near_names(word: str, known: list[str], near: str) -> None:
+    assert nearest(word, known) == (f" Did you mean {near!r}?" if near else "")
