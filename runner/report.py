@@ -4,7 +4,7 @@
     python -m runner report outputs --format csv           one row a run: small enough to keep under outputs/published/
     python -m runner report outputs/published/FILE.csv     the same table from such rows
 
-A difference to float is paired by seed, with a 95 % confidence interval (Student's t). No torch here.
+A difference to float is paired by seed, with a 95 % confidence interval (Student's t) from three seeds on. No torch here.
 """
 
 import csv
@@ -145,14 +145,14 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _difference(group: list[Row], floats: list[Row]) -> str:
-    """Mean of the differences over the seeds that both have, with the half width of its 95 % interval."""
+    """Mean of the differences over the seeds that both have, and its 95 % interval."""
     reached = {row["seed"]: row["test_top1"] for row in floats}
     gaps = [row["test_top1"] - reached[row["seed"]] for row in group if row["seed"] in reached]
     if not gaps:
         return "no float run"
     mean = sum(gaps) / len(gaps)
-    if len(gaps) == 1:
-        return f"{mean:+.2f}"
+    if len(gaps) < 3:
+        return f"{mean:+.2f}"  # an interval from two differences says nothing
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(gaps) - 1)) * _deviation(gaps) / len(gaps) ** 0.5
