@@ -41,6 +41,8 @@ class QuantizedLayer:
     """
 
     precision: Precision = Precision()
+    remark: str = ""
+    """What the preflight table adds to the reason that a rule gives for this layer."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Names of this layer's parameters that weight decay leaves alone (`alpha`, `act_quantizer.step`)."""
 

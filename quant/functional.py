@@ -197,15 +197,20 @@ class _ScaledSign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (w,) = ctx.saved_tensors
-        n, c = w[0].numel(), w.shape[1]
-        through_sign = filter_mean(w.abs()) * (w.abs() <= 1) * g
-        if ctx.form == "ste":
-            return through_sign, None
-        if ctx.form == "paper":
-            return through_sign + g / n, None
-        s = sign(w)
-        exact = through_sign + s * filter_mean(g * s)
-        return exact * (binop_factor(n, c) if ctx.form == "binop" else 1), None
+        return scaled_sign_gradient(w, filter_mean(w.abs()), g, ctx.form), None
+
+
+def scaled_sign_gradient(w: Tensor, alpha: Tensor, g: Tensor, form: WeightGradient) -> Tensor:
+    """dC/dW from g = dC/dW~, in one of the forms of `scaled_sign`."""
+    n, c = w[0].numel(), w.shape[1]
+    through_sign = alpha * (w.abs() <= 1) * g
+    if form == "ste":
+        return through_sign
+    if form == "paper":
+        return through_sign + g / n
+    s = sign(w)
+    exact = through_sign + s * filter_mean(g * s)
+    return exact * (binop_factor(n, c) if form == "binop" else 1)
 
 
 def binop_factor(n: int, c: int) -> float:

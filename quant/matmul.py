@@ -117,9 +117,14 @@ class _Matmul(torch.autograd.Function):
         else:
             dx = ctx.shape.backward(grad_input(g) if grad_input else g, x, w, need_x, False)[0]
             dw = ctx.shape.backward(grad_weight(g) if grad_weight else g, x, w, False, need_w)[1]
-        channel = 1 if isinstance(ctx.shape, Conv) else g.dim() - 1
-        db = g.sum([d for d in range(g.dim()) if d != channel]) if need_b else None
+        db = bias_gradient(g, ctx.shape) if need_b else None
         return dx.to(dtype) if need_x else None, dw, db, None, None, None, None
+
+
+def bias_gradient(g: Tensor, shape: Conv | Linear) -> Tensor:
+    """The gradient of the bias: the sum over everything but the channels."""
+    channel = 1 if isinstance(shape, Conv) else g.dim() - 1
+    return g.sum([d for d in range(g.dim()) if d != channel])
 
 
 def _product(

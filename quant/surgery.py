@@ -163,7 +163,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _row(name: str, module: nn.Module, new: nn.Module | None, why: str) -> LayerRow:
-    precision = new.precision if isinstance(new, QuantizedLayer) else Precision()
+    precision, remark = (new.precision, new.remark) if isinstance(new, QuantizedLayer) else (Precision(), "")
     return LayerRow(
         layer=name,
         kind=type(module).__name__,
@@ -172,7 +172,7 @@ def _row(name: str, module: nn.Module, new: nn.Module | None, why: str) -> Layer
         act_bits=precision.act,
         grad_bits=precision.grad,
         parameters=sum(p.numel() for p in (new or module).parameters()),
-        why=why,
+        why="; ".join(filter(None, (why, remark))),
     )
 
 

@@ -17,7 +17,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant import matmul
+from quant import matmul, packed
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.functional import SignBits, scaled_sign, sign, ste_sign
 from quant.layers import Conv2d, Linear, Matrix, rewrite
@@ -70,6 +70,8 @@ class _Binary(QuantizedLayer, Matrix):
     settings: "Xnor"
     norm: nn.BatchNorm1d | nn.BatchNorm2d | None
     sharpness: Tensor | None
+    geometry: Any  # matmul.Conv or matmul.Linear
+    obstacle: str | None  # to computing on packed bits
 
     def prepare(self) -> None:
         settings = self.settings
@@ -79,18 +81,43 @@ class _Binary(QuantizedLayer, Matrix):
         self.norm = self._batch_norm(eps=BATCH_NORM_EPS, **place) if with_norm else None
         curved = settings.binary_activations and settings.ste in SCHEDULED_STE
         self.register_buffer("sharpness", torch.tensor(settings.sharpness, **place) if curved else None, False)
+        self._decide_kernel()
+
+    def _decide_kernel(self) -> None:
+        """Whether this layer may compute on packed bits; what each call must have besides, `packed.obstacle_of_input` says."""
+        settings = self.settings
+        if not settings.binary_activations:
+            self.obstacle = "activations are float"
+        elif settings.kernel == "float":
+            self.obstacle = "as set"
+        else:
+            self.obstacle = packed.obstacle_of_layer(self.geometry, settings.ste)
+        if settings.kernel == "packed" and self.obstacle is not None:
+            raise ValueError(f"kernel=packed is impossible ({self.obstacle}); accepted: auto, float")
+        if settings.binary_activations:
+            self.remark = (
+                "packed bits (float32 on a CPU)" if self.obstacle is None else f"float kernel: {self.obstacle}"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        w = scaled_sign(self._latent_weight(), self.settings.gradient)
         if not self.settings.binary_activations:
-            return self.product(x, w, self.bias)
+            return self.product(x, scaled_sign(self._latent_weight(), self.settings.gradient), self.bias)
         x = self._normalised(x)
-        signs = ste_sign(x, self.settings.ste, self.sharpness)
-        codec = SignBits.of(signs)
         if not self.settings.input_scale:
-            return self.product(signs, w, self.bias, codec)
-        y = self.product(signs, w, None, codec) * self._input_scale(x)
-        return y if self.bias is None else y + self.bias.view(-1, *[1] * (w.dim() - 2))
+            return self._product_of_signs(x, self.bias)
+        y = self._product_of_signs(x, None) * self._input_scale(x)
+        return y if self.bias is None else y + self.bias.view(-1, *[1] * (self.weight.dim() - 2))
+
+    def _product_of_signs(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(sign(x) * sign(W)) alpha + b on packed bits where that is possible, else in floats: the same to the last bit."""
+        w, settings = self._latent_weight(), self.settings
+        obstacle = self.obstacle or packed.obstacle_of_input(x, w, bias)
+        if obstacle is None:
+            return packed.product_of_signs(x, w, bias, self.geometry, settings.gradient)
+        if settings.kernel == "packed":
+            raise ValueError(f"kernel=packed is impossible for this input ({obstacle}); accepted: auto, float")
+        signs = ste_sign(x, settings.ste, self.sharpness)
+        return self.product(signs, scaled_sign(w, settings.gradient), bias, SignBits.of(signs))
 
     def _batch_norm(self, **settings: Any) -> nn.BatchNorm1d | nn.BatchNorm2d:
         raise NotImplementedError
@@ -190,6 +217,7 @@ class Xnor(Quantizer):
     sharpness: Annotated[float, Gt(0)] = 1.0
     input_norm: Literal["batch", "none"] = "batch"
     input_scale: bool = False
+    kernel: Literal["auto", "packed", "float"] = "auto"
     scheduled = ("sharpness",)
 
     def layer(self, module: nn.Module) -> nn.Module:

@@ -246,6 +246,7 @@ IRRELEVANT = {
     "": {"mode", "name", "outputs", "checkpoint", "epochs"},
     "regime": {"epochs"},  # trainer.epochs says it
     "trainer": {"checkpoint_every", "progress", "dashboard"},
+    "quant.arguments": {"kernel"},  # floats or packed bits: the same numbers
     "dataset": {"cache", "workers", "memory"},
     "dataset.arguments": {"root", "download"},
 }

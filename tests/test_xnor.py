@@ -305,7 +305,7 @@ def test_runs_in_half_and_under_autocast(dtype: torch.dtype) -> None:
 
 
 def test_what_is_kept_for_backward_is_two_bits_a_value_beside_the_normalisation() -> None:
-    layer = BinaryConv2d(nn.Conv2d(16, 16, 3, padding=1, bias=False), Xnor(input_norm="none"))
+    layer = BinaryConv2d(nn.Conv2d(16, 16, 3, padding=1, bias=False), Xnor(input_norm="none", kernel="float"))
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
