@@ -102,11 +102,13 @@ class _ProductOfSigns(torch.autograd.Function):
         if need_w:
             images = size if isinstance(shape, matmul.Conv) else (1, size[-1], 1, size[:-1].numel())
             x = _from_image(kernels.unpack_signs(signs, images), size, shape)
-        dx, dw = shape.backward(g, x, sign(w) * alpha, need_x, need_w)
+        s = sign(w)
+        dx, dw = shape.backward(g, x, s * alpha, need_x, need_w)
+        del x  # before others take memory
         if dx is not None:
             dx = _from_image(kernels.masked(_as_image(dx, shape), inside), size, shape)
         if dw is not None:
-            dw = scaled_sign_gradient(w, alpha, dw, ctx.form)
+            dw = scaled_sign_gradient(w, s, alpha, dw, ctx.form)
         db = matmul.bias_gradient(g, shape) if need_b else None
         return dx, dw, db, None, None
 
