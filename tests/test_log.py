@@ -30,10 +30,10 @@ def test_rows_are_read_back_to_the_last_bit(tmp_path: Path) -> None:
     log = written(path, 50)
     log.row({"epoch": 50})
     log.close()
-    frame = pd.read_csv(path, float_precision="round_trip")
-    assert list(frame.columns) == COLUMNS
-    assert list(frame.loss[:50]) == [1 / (epoch + 3) for epoch in range(50)]
-    assert math.isnan(frame.loss[50])
+    rows = list(csv.DictReader(path.open()))
+    assert list(rows[0]) == COLUMNS
+    assert [float(row["loss"]) for row in rows[:50]] == [1 / (epoch + 3) for epoch in range(50)]
+    assert math.isnan(pd.read_csv(path).loss[50])
     assert path.read_bytes().endswith(b"\n")
 
 
