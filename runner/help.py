@@ -49,5 +49,5 @@ def print_help() -> int:
 def _run_keys(path: Path) -> str:
     """The keys of config.yaml itself, with their comments."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith("mode:"))
-    return "\n".join(f"  {line}" for line in lines[start:] if ":" in line and not line.startswith("#"))
+    start, end = (next(i for i, line in enumerate(lines) if line.startswith(key)) for key in ("mode:", "hydra:"))
+    return "\n".join(f"  {line}" for line in lines[start:end] if ":" in line and not line.startswith("#"))

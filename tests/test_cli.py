@@ -74,6 +74,7 @@ def test_help_is_for_people_and_loads_nothing_heavy(tmp_path: Path) -> None:
     assert answer["heavy"] == []
     for word in ("usage:", "lenet5", "xnor", "digits", "epochs", *VERBS):
         assert word in str(answer["out"])
+    assert "hydra:" not in str(answer["out"])
 
 
 def test_real_lines_end_as_they_should(runner: Runner) -> None:
