@@ -1,9 +1,11 @@
 """The command line: verbs, help, exit codes. Heavy modules are imported only when there is work for them."""
 
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from runner.faults import ConfigError, Exit, Fault, exit_code, nearest
@@ -27,7 +29,12 @@ HYDRA = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-he
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     warnings.formatwarning = lambda message, *_, **__: f"runner: warning: {message}\n"
-    sys.exit(run(list(sys.argv[1:] if words is None else words)))
+    code = run(list(sys.argv[1:] if words is None else words))
+    try:
+        sys.stdout.flush()
+    except OSError:  # its disk is full, say; what is left has nowhere to go, and the code is still the code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(words: list[str]) -> int:
@@ -38,9 +45,9 @@ def run(words: list[str]) -> int:
         return 130
     except Exception as error:
         code = exit_code(error)
-        if code == Exit.INTERNAL:
-            traceback.print_exc()
-        print(f"runner: {MEANINGS.get(code, error)}", file=sys.stderr)
+        trace = traceback.format_exc() if code == Exit.INTERNAL else ""
+        with suppress(OSError):  # the log may lie on the disk that is full
+            print(f"{trace}runner: {MEANINGS.get(code, error)}", file=sys.stderr)
         return int(code)
 
 
