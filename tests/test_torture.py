@@ -81,3 +81,10 @@ def test_the_harness_sees_naive_storage_fail(tmp_path: Path) -> None:
 
 def test_the_harness_sees_a_missing_fsync(tmp_path: Path) -> None:
     assert level("control_power", tmp_path)["lost_commits"] > 0
+
+
+def test_the_table_of_faults_names_tests_that_exist_and_is_up_to_date() -> None:
+    code = "from tests.torture import coverage as c; assert not c.unknown(), c.unknown(); print(c.page(), end='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "tests" / "torture" / "README.md").read_text(encoding="utf-8")

@@ -65,12 +65,12 @@ class Stage:
 
 
 def run_kills(size: int, seed: int, root: Path) -> dict[str, Any]:
-    """A kill at every call, or at about `size` of them, spread evenly over the kinds and over each."""
+    """A kill at every call, or at about `size` of them (0: all), spread evenly over the kinds and over each."""
     return _sweep(root, size, lambda call: (None,))
 
 
 def run_errors(size: int, seed: int, root: Path) -> dict[str, Any]:
-    """Every error at every call, or at about `size` of them, spread evenly over the kinds and over each."""
+    """Every error at every call, or at about `size` of them (0: all), spread evenly over the kinds and over each."""
     return _sweep(root, size, lambda call: ERRORS[call])
 
 
@@ -85,7 +85,7 @@ def _sweep(root: Path, size: int, errors_of: Callable[[str], Iterable[str | None
     ]
     codes: Counter[int] = Counter()
     bad: list[str] = []
-    chosen = _spread(kinds, size)
+    chosen = _spread(kinds, size or sum(map(len, kinds)))
     for index, point in enumerate(chosen):
         code, faults = strike(stage, point, root / f"point-{index}")
         codes[code] += 1

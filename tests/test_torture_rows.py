@@ -1,0 +1,274 @@
+"""Single faults, done for real to the command line: full and read-only disks, limits, links, locks, workers, no network."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from made_data import write_images
+
+from runner.compose import config_from
+from runner.faults import Locked, RunnerError
+from runner.folder import RunFolder, run_path, status_of
+from runner.schema import RunConfig
+from tests.torture.commands import finished, start
+from tests.torture.forks import tail
+from tests.torture.needs import Skipped, need, shell
+from tests.torture.scenarios import SWITCH, Scenario
+
+SMALL = Scenario("rows", ("quant=lsq", "epochs=3", "trainer.checkpoint_every=2", SWITCH))
+FILES = ("metrics.csv", "quant.csv", "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the undisturbed run leaves."""
+    place = tmp_path_factory.mktemp("rows") / "reference"
+    assert finished(start(SMALL.command, place)) == 0, tail(place)
+    return {name: (SMALL.folder(place) / name).read_bytes() for name in FILES}
+
+
+def ends_as(reference: dict[str, bytes], place: Path) -> None:
+    """The same command once more, on a healthy machine, ends as if nothing had happened."""
+    assert finished(start(SMALL.command, place)) == 0, tail(place)
+    assert {name: (SMALL.folder(place) / name).read_bytes() for name in FILES} == reference
+    assert not list(place.rglob(".*.tmp-*"))
+
+
+@contextmanager
+def mounted(options: str, where: Path) -> Iterator[Path]:
+    """A file system, for as long as it is needed; skips loudly where that is not allowed."""
+    where.mkdir(parents=True, exist_ok=True)
+    try:
+        need("mount", "prlimit", root=True)
+        shell(f"mount {options} {where}")
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+@pytest.mark.parametrize("size", ["120k", "nr_inodes=14,size=9m"])
+def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(
+    tmp_path: Path, reference: dict[str, bytes], size: str
+) -> None:
+    limit = size if "=" in size else f"size={size}"
+    with mounted(f"-t tmpfs -o {limit} tmpfs", tmp_path / "disk") as disk:
+        code = finished(start(SMALL.command, disk / "run"))
+        assert code in {73, 74}, tail(disk / "run")
+        assert status_of(SMALL.folder(disk / "run")).get("state") != "done"
+        shell(f"mount -o remount,size=64m,nr_inodes=1000 {disk}")
+        ends_as(reference, disk / "run")
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"), [("--fsize=20000", "File too large"), ("--nofile=7", "Too many open files")]
+)
+def test_a_limit_on_files_is_told_and_costs_nothing_that_was_saved(
+    tmp_path: Path, reference: dict[str, bytes], limit: str, says: str
+) -> None:
+    assert finished(start(SMALL.command, tmp_path / "run", prefix=["prlimit", limit])) == 74, tail(tmp_path / "run")
+    assert says in tail(tmp_path / "run")
+    ends_as(reference, tmp_path / "run")
+
+
+def test_a_read_only_folder_is_refused_before_torch_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    place = tmp_path / "run"
+    with mounted(f"--bind {tmp_path}", tmp_path / "run") as where:
+        shell(f"mount -o remount,ro,bind {where}")
+        process = start([*SMALL.command, f"outputs={where / 'outputs'}"], tmp_path / "elsewhere")
+        assert finished(process) == 73, tail(tmp_path / "elsewhere")
+    said = (tmp_path / "elsewhere.txt").read_text()
+    assert "ead-only" in said
+    assert "runner.folder" in said
+    assert " torch\n" not in said
+    assert not (place / "outputs").exists()
+
+
+def test_too_little_memory_is_told_with_a_hint(tmp_path: Path) -> None:
+    words = [*SMALL.command, "model=lenet5", "dataset.size=28", "model.hidden=20000000"]
+    code = finished(start(words, tmp_path / "run", prefix=["prlimit", f"--as={12 << 30}"]))
+    assert code == 71, tail(tmp_path / "run")
+    assert "out of memory; try a smaller batch_size" in tail(tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "outputs" / "runs").iterdir()
+    assert (status_of(folder)["state"], status_of(folder)["exit_code"]) == ("failed", 71)
+
+
+def test_of_twenty_that_start_at_once_one_works_in_a_folder(tmp_path: Path) -> None:
+    def opened(config: RunConfig) -> RunFolder | Locked:
+        try:
+            return RunFolder(run_path(config))
+        except Locked as error:
+            return error
+
+    configs = [config_from(["dataset=synthetic", f"seed={seed}", f"outputs={tmp_path}"]) for seed in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        same = list(pool.map(opened, [configs[0]] * 20))
+        apart = list(pool.map(opened, configs[1:]))
+    refused = [str(found) for found in same if isinstance(found, Locked)]
+    folders = [found for found in [*same, *apart] if isinstance(found, RunFolder)]
+    assert len(refused) == 19
+    assert all("another process works here" in words for words in refused)
+    assert len({folder.path for folder in folders}) == len(folders) == 20
+    for folder in folders:
+        folder.close()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "timing.csv", "quant.csv", ".lock", "checkpoints"])
+def test_a_planted_link_is_refused_and_not_followed(tmp_path: Path, name: str) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    victim.mkdir() if name == "checkpoints" else victim.write_text("mine")
+    (folder / name).symlink_to(victim)
+    with pytest.raises(RunnerError) as refused:
+        RunFolder(folder)
+    assert int(refused.value.code) in {73, 74}
+    assert not any(victim.iterdir()) if name == "checkpoints" else victim.read_text() == "mine"
+
+
+def test_a_run_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "victim")
+    with pytest.raises(Locked):
+        RunFolder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["status.json", ".status.json.tmp-{pid}"])
+def test_a_planted_link_is_replaced_not_written_through(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name.format(pid=os.getpid())).symlink_to(victim)
+    folder = RunFolder(tmp_path / "run")
+    folder.status("running")
+    folder.close()
+    assert victim.read_text() == "mine"
+    assert status_of(tmp_path / "run")["state"] == "running"
+
+
+def test_a_clock_that_jumps_changes_no_byte(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    try:
+        need("faketime")
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    for shift in ("-1d", "+2d"):
+        process = start(SMALL.command, tmp_path / "run", prefix=["faketime", "-f", shift])
+        time.sleep(4)
+        process.kill()
+        finished(process)
+    ends_as(reference, tmp_path / "run")
+
+
+def test_without_a_network_a_download_ends_soon_and_leaves_nothing(tmp_path: Path) -> None:
+    try:
+        need("unshare", root=True)
+        shell("unshare -n true")
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    words = ["dataset=mnist", f"dataset.root={tmp_path / 'data'}", "dataset.download=true", "trainer.progress=plain"]
+    code = finished(start(words, tmp_path / "run", prefix=["unshare", "-n"]))
+    assert code in {66, 78}, tail(tmp_path / "run")
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    assert "Traceback" not in tail(tmp_path / "run", 10_000)
+
+
+# Sweeps ------------------------------------------------------------------------------------------------------------------
+
+SWEEP = ["-m", *SMALL.command]
+
+
+def states(place: Path) -> list[str]:
+    return sorted(status_of(folder).get("state", "") for folder in place.glob("outputs/runs/*"))
+
+
+def test_a_job_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    assert finished(start([*SWEEP, "lr=1e30,0.01"], tmp_path / "run")) == 1
+    assert states(tmp_path / "run") == ["diverged", "done"]
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    words, place = [*SWEEP, "seed=0,1,2"], tmp_path / "run"
+    process = start(words, place)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and "done" not in states(place):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    finished(process)
+    finished_run = next(folder for folder in place.glob("outputs/runs/*") if status_of(folder)["state"] == "done")
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
+    assert finished(start(words, place)) == 0, tail(place)
+    assert states(place) == ["done"] * 3
+    assert before == {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
+
+
+# With workers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    """The words of a run that decodes its images in two processes, long enough to be disturbed."""
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, ["cat", "dog"], 40, size=(24, 24))
+    words = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.memory=never", "dataset.workers=2"]
+    words += ["dataset.input_size=20", "model=lenet5", "model.channels=[2,3]", "model.hidden=8", "batch_size=8"]
+    return [*words, "epochs=40", "trainer.progress=plain", "trainer.dashboard=none", "trainer.checkpoint_every=5"]
+
+
+def folder_when_training(place: Path, process: "subprocess.Popen[bytes]") -> Path:
+    """The run folder, once it holds a checkpoint."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list(place.glob("outputs/runs/*/checkpoints/step-*.json"))
+        if found:
+            return found[0].parent.parent
+        time.sleep(0.02)
+    raise AssertionError(f"never got to a checkpoint: {tail(place)}")
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_saves_although_workers_get_it_too(
+    tmp_path: Path, images: list[str], sent: signal.Signals
+) -> None:
+    process = start(images, tmp_path / "run")
+    folder = folder_when_training(tmp_path / "run", process)
+    os.killpg(process.pid, sent)
+    assert finished(process) == 75, tail(tmp_path / "run")
+    assert status_of(folder)["state"] == "preempted"
+
+
+def test_a_killed_run_leaves_no_lock_although_its_workers_live_on(tmp_path: Path, images: list[str]) -> None:
+    process = start(images, tmp_path / "run")
+    folder = folder_when_training(tmp_path / "run", process)
+    os.kill(process.pid, signal.SIGKILL)
+    again = start(images, tmp_path / "run")
+    assert finished(process) == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while status_of(folder).get("pid") != again.pid and again.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    again.send_signal(signal.SIGTERM)
+    assert finished(again) in {0, 75}, tail(tmp_path / "run")
+
+
+def test_a_killed_worker_ends_the_run_at_once(tmp_path: Path, images: list[str]) -> None:
+    process = start(images, tmp_path / "run")
+    folder = folder_when_training(tmp_path / "run", process)
+    workers = [pid for pid in children(process.pid) if "python" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert workers
+    os.kill(workers[0], signal.SIGKILL)
+    began = time.monotonic()
+    assert finished(process) in {70, 74}, tail(tmp_path / "run")
+    assert time.monotonic() - began < 30
+    assert status_of(folder)["state"] == "failed"
