@@ -3,7 +3,7 @@
 A quantizer is a *rewrite of layers*: it is handed a plain float layer and gives back its own layer, built from that one
 (`Quantizer.layer`). `quant.surgery.quantize_` walks a model and does so under ordered rules.
 
-To add a method: one file in this folder with a class as below, and one YAML in conf/quant/ with the same keys. No other is edited.
+To add a method: one file in this folder with a class as below, and one YAML in conf/quant/ with the same keys. No other changes.
 
     @register("mine")
     @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import yaml
 
-METRICS = "epoch step phase lr batch_size input_size train_loss train_top1 val_loss val_top1 val_top5 best_val_top1".split()
+METRICS = (
+    "epoch step phase lr batch_size input_size train_loss train_top1 val_loss val_top1 val_top5 best_val_top1".split()
+)
 FILES = {"config.yaml", "metrics.csv", "timing.csv", "layers.csv", "status.json", "summary.json", "dashboard.html"}
 
 
@@ -50,7 +52,12 @@ def test_the_run_folder_explains_itself(default_run: tuple[Path, str]) -> None:
     assert (metrics.best_val_top1 == metrics.val_top1.cummax()).all()
     layers = pd.read_csv(run / "layers.csv").set_index("layer")
     assert layers.becomes.to_dict() == {"conv1": "kept", "conv2": "BinaryConv2d", "fc1": "BinaryLinear", "fc2": "kept"}
-    assert layers.macs.to_dict() == {"conv1": 24**2 * 25 * 20, "conv2": 8**2 * 25 * 20 * 50, "fc1": 800 * 500, "fc2": 5000}
+    assert layers.macs.to_dict() == {
+        "conv1": 24**2 * 25 * 20,
+        "conv2": 8**2 * 25 * 20 * 50,
+        "fc1": 800 * 500,
+        "fc2": 5000,
+    }
     assert "BinaryConv2d" in said
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert yaml.safe_load((run / "config.yaml").read_text())["quant"]["gradient"] == "exact"

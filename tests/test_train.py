@@ -14,7 +14,8 @@ from runner.job import train
 from runner.optim import optimizer_for
 from runner.train import batch_sums, drive_
 
-SMALL = ["dataset=synthetic", "dataset.size=28", "dataset.channels=1", "dataset.samples=96", "dataset.test_samples=32", "batch_size=32"]
+SMALL = ["dataset=synthetic", "dataset.size=28", "dataset.channels=1", "dataset.samples=96", "dataset.test_samples=32"]
+SMALL += ["batch_size=32"]
 QUIET = ["trainer.progress=none", "trainer.dashboard=none", "trainer.threads=1"]
 
 
@@ -31,7 +32,14 @@ def test_two_runs_of_one_config_are_the_same_to_the_last_bit(tmp_path: Path) -> 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
     """Without batch norm over the parts: vgg6 has none. The last digits may differ, since sums are taken in another order."""
-    words = ["model=vgg6", "quant=none", "dataset.size=16", "dataset.input_size=16", "dataset.samples=16", "batch_size=8"]
+    words = [
+        "model=vgg6",
+        "quant=none",
+        "dataset.size=16",
+        "dataset.input_size=16",
+        "dataset.samples=16",
+        "batch_size=8",
+    ]
     words += ["trainer.max_steps=1", "lr=0.001"]
     whole, parts = run(tmp_path / "a", *words), run(tmp_path / "b", *words, "trainer.accumulate=2")
     a, b = (pd.read_csv(path / "metrics.csv") for path in (whole, parts))
@@ -40,7 +48,8 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path) -> None
 
 def test_a_loss_that_is_no_number_stops_the_run_at_that_step(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"at step \d+ .*Try a lower lr="):
-        run(tmp_path, "quant=none", "model=vgg6", "dataset.size=16", "dataset.input_size=16", "regime=cosine", "lr=1e6", "epochs=3")
+        words = ["quant=none", "model=vgg6", "dataset.size=16", "dataset.input_size=16"]
+        run(tmp_path, *words, "regime=cosine", "lr=1e6", "epochs=3")
     (folder,) = (tmp_path / "runs").iterdir()
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("diverged", 20)
@@ -60,7 +69,9 @@ def test_max_steps_ends_a_run_within_an_epoch(tmp_path: Path) -> None:
 
 
 def test_a_regime_may_change_the_optimizer_on_the_way(tmp_path: Path) -> None:
-    phases = "regime.phases=[{epoch: 0, optimizer: Adam, lr: 0.003}, {epoch: 1, optimizer: SGD, lr: 0.01, momentum: 0.9}]"
+    phases = (
+        "regime.phases=[{epoch: 0, optimizer: Adam, lr: 0.003}, {epoch: 1, optimizer: SGD, lr: 0.01, momentum: 0.9}]"
+    )
     metrics = pd.read_csv(run(tmp_path, phases, "epochs=2") / "metrics.csv")
     assert list(metrics.phase) == [0, 1]
     assert list(metrics.lr) == [0.003, 0.01]
