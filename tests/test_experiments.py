@@ -17,7 +17,13 @@ def test_a_recipe_takes_two_steps(name: str, tmp_path: Path) -> None:
     assert not composition.faults
     data = composition.raw["dataset"]["name"]
     made = [f"dataset.channels={CHANNELS.get(data, 3)}", f"dataset.size={SIDES.get(data, 32)}", "dataset.samples=40"]
-    trial = ["dataset.test_samples=8", "batch_size=8", "trainer.max_steps=2", "trainer.threads=1", "trainer.progress=none"]
+    trial = [
+        "dataset.test_samples=8",
+        "batch_size=8",
+        "trainer.max_steps=2",
+        "trainer.threads=1",
+        "trainer.progress=none",
+    ]
     run = train(config_from([f"experiment={name}", "dataset=synthetic", *made, *trial, f"outputs={tmp_path}"]))
     assert (run / "summary.json").is_file()
 

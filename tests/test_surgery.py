@@ -10,7 +10,12 @@ from quant.surgery import Rule, calibrate_, health, quantize_, quantized_layers
 
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 3),
     )
 
 
@@ -87,5 +92,9 @@ def test_calibration_shows_every_layer_the_input_it_will_really_see() -> None:
     model = nn.Sequential(Recorder(2.0), Recorder(3.0), Recorder(1.0))
     calibrate_(model, torch.ones(1, 1))
     assert [layer.seen for layer in model] == [1.0, 2.0, 6.0]
-    assert health(model, torch.ones(1, 1)) == {"0": {"clip_ratio": 0.0}, "1": {"clip_ratio": 1.0}, "2": {"clip_ratio": 1.0}}
+    assert health(model, torch.ones(1, 1)) == {
+        "0": {"clip_ratio": 0.0},
+        "1": {"clip_ratio": 1.0},
+        "2": {"clip_ratio": 1.0},
+    }
     assert not any(m._forward_pre_hooks for m in model.modules())

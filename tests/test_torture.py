@@ -1,4 +1,4 @@
-"""The short round of the harness in tests/torture, a level a test. TORTURE=long makes each a long one."""
+"""The harness in tests/torture, a level a test: TORTURE=short asks for a round of some minutes, TORTURE=long for a long one."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    "TORTURE" not in os.environ, reason="takes some minutes of a quiet machine: set TORTURE=short"
+)
 
 
 def level(name: str, folder: Path) -> dict[str, Any]:

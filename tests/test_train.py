@@ -47,8 +47,8 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_no_number_stops_the_run_at_that_step(tmp_path: Path) -> None:
+    words = ["quant=none", "model=vgg6", "dataset.size=16", "dataset.input_size=16"]
     with pytest.raises(Diverged, match=r"at step \d+ .*Try a lower lr="):
-        words = ["quant=none", "model=vgg6", "dataset.size=16", "dataset.input_size=16"]
         run(tmp_path, *words, "regime=cosine", "lr=1e6", "epochs=3")
     (folder,) = (tmp_path / "runs").iterdir()
     status = json.loads((folder / "status.json").read_text())
