@@ -77,11 +77,16 @@ class _Dorefa(QuantizedLayer, Matrix):
         self.precision = Precision(s.weight_bits, s.act_bits, s.grad_bits or FLOAT)
         kind, channels = (nn.BatchNorm2d if w.dim() == 4 else nn.BatchNorm1d), w.shape[1] * getattr(self, "groups", 1)
         self.norm = kind(channels, device=w.device, dtype=w.dtype) if s.input_norm == "batch" else None
+        if self.norm is not None:
+            # A standard deviation to either side fills [0, 1]. With BN's own 1 and 0 two thirds would be clipped at first, and
+            # gradients grow by half in every layer: to 1e9 in MobileNetV2.
+            nn.init.constant_(self.norm.weight, 0.5)
+            nn.init.constant_(self.norm.bias, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         bits = self.settings.act_bits
         if self.norm is not None:
-            x = self.norm(x if x.dim() == 4 else x.flatten(0, -2)).view(x.shape)
+            x = self.norm(x if self.weight.dim() == 4 else x.flatten(0, -2)).view(x.shape)
         x = unit_quantize(x.clamp(0, 1), bits)
         step, zero = x.new_full((), 1 / (2**bits - 1)), x.new_zeros(())
         codec = StepCodes(Layout.of(x), min(width for width in WIDTHS if width >= bits), step, zero, None)
@@ -100,7 +105,7 @@ class _Dorefa(QuantizedLayer, Matrix):
     def health(self, x: Tensor) -> dict[str, float]:
         """`clip_ratio`: the share of inputs outside [0, 1], normalised by the running figures."""
         if (norm := self.norm) is not None:
-            flat = x if x.dim() == 4 else x.flatten(0, -2)
+            flat = x if self.weight.dim() == 4 else x.flatten(0, -2)
             x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         clipped = ((x < 0) | (x > 1)).float().mean()
         return {"clip_ratio": clipped.item(), "step_size": 1 / (2**self.settings.act_bits - 1)}

@@ -91,7 +91,7 @@ def test_a_layer_is_its_definition_and_remembers_codes(old: Any, bits: int, norm
         dims = [d for d in range(v.dim()) if d != 1]
         if norm == "batch":
             centred = v - v.mean(dims, keepdim=True)
-            v = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+            v = 0.5 * centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt() + 0.5
         q = rounded(v.clamp(0, 1), bits)
         w = expected_weight(layer.weight, bits)
         return F.conv2d(q, w, layer.bias, padding=1) if v.dim() == 4 else F.linear(q, w, layer.bias)
@@ -110,7 +110,7 @@ def test_a_layer_is_its_definition_and_remembers_codes(old: Any, bits: int, norm
 def test_health_counts_what_is_clipped_and_changes_nothing() -> None:
     layer: Any = Dorefa().layer(nn.Linear(4, 3))
     before = layer.norm.running_mean.clone()
-    assert layer.health(torch.tensor([[-1.0, 0.5, 0.5, 2.0]]))["clip_ratio"] == 0.5
+    assert layer.health(torch.tensor([[-1.5, 0.5, 0.5, 1.5]]))["clip_ratio"] == 0.5
     assert torch.equal(layer.norm.running_mean, before)
 
 

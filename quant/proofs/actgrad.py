@@ -21,45 +21,36 @@ DRAWS = 600
 @proves("actgrad")
 def claims() -> Iterator[Claim]:
     """What is exact, what is as good as the codes, and what is exact in the mean."""
-    old = conv()
-    floats = partial(gradients, _float, X, *old.parameters())
-    layer = _layer(bits=2)
-    moved = partial(differences, _float, X[:1], *old.parameters())
-    yield Claim("conv, 2 bit: y, dx", "differences", lambda: layer_gradients(layer, X[:1])[:2], lambda: moved()[:2],
-                tolerance=BY_DIFFERENCES)  # fmt: skip
+    floats = partial(gradients, _float, X, *conv().parameters())
+    small, moved = layer_gradients(_layer(bits=2), X[:1]), partial(differences, _float, X[:1], *conv().parameters())
+    got = "conv, 2 bit: y, dx", "differences", lambda: small[:2], lambda: moved()[:2]
+    yield Claim(*got, tolerance=BY_DIFFERENCES)
     for bits in (8, 2, 1):
         text = f"actgrad nearest {bits} bit: dW relative error {{error}}, dx and db exact"
         named = Named(text, partial(_with_codes, partial(_uniform, bits)))
-        yield Claim(
-            f"conv, {bits} bit", "autograd of float", partial(layer_gradients, _layer(bits=bits), X), floats, named
-        )
-    powers = Named(
-        "power of two, 4 bit: dW relative error {error}, dx and db exact", partial(_with_codes, _power_of_two)
-    )
+        coded = partial(layer_gradients, _layer(bits=bits), X)
+        yield Claim(f"conv, {bits} bit", "autograd of float", coded, floats, named)
+    text = "power of two, 4 bit: dW relative error {error}, dx and db exact"
     coded = partial(layer_gradients, _layer(scheme="power_of_two"), X)
-    yield Claim("conv, power_of_two", "autograd of float", coded, floats, powers)
+    named = Named(text, partial(_with_codes, _power_of_two))
+    yield Claim("conv, power_of_two", "autograd of float", coded, floats, named)
+    yield from _without_loss()
+    yield from _norm()
     equal = f"equal in the mean of {DRAWS} draws"
     for scheme in ("uniform", "power_of_two"):
-        mean = partial(_mean_gradient, scheme)
-        yield Claim(
-            f"dW, {scheme}, 2 bit, stochastic",
-            "autograd of float",
-            mean,
-            lambda: floats()[2:3],
-            tolerance=0.02,
-            equal=equal,
-        )
-    yield Claim(
-        "relu, 1 bit kept", "autograd of max(x, 0)", partial(gradients, relu, NORMED), partial(gradients, _relu, NORMED)
-    )
+        what, mean = f"dW, {scheme}, 2 bit, stochastic", partial(_mean_gradient, scheme)
+        yield Claim(what, "autograd of float", mean, lambda: floats()[2:3], tolerance=0.02, equal=equal)
+
+
+def _without_loss() -> Iterator[Claim]:
+    theirs = partial(gradients, _relu, NORMED)
+    yield Claim("relu, 1 bit kept", "autograd of max(x, 0)", partial(gradients, relu, NORMED), theirs)
     for kernel, stride in ((2, 2), (3, 2)):
         window = Window.of(nn.MaxPool2d(kernel, stride))
-        pool = partial(gradients, lambda x, w=window: max_pool2d(x, w), NORMED)
+        what = f"max pool {kernel}x{kernel}, {window.bits} bits kept"
+        pool = partial(gradients, partial(max_pool2d, window=window), NORMED)
         windows = partial(gradients, partial(_pool, kernel, stride), NORMED)
-        yield Claim(
-            f"max pool {kernel}x{kernel}, {window.bits} bits kept", "autograd of max over windows", pool, windows
-        )
-    yield from _norm()
+        yield Claim(what, "autograd of max over windows", pool, windows)
 
 
 def _float(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -71,8 +62,8 @@ def _layer(**settings: Any) -> nn.Module:
 
 
 def _uniform(bits: int, y: Tensor) -> Tensor:
-    step = (y.max() - y.min()) / (2**bits - 1)
-    return ((y - y.min()) / step).round() * step + y.min()
+    low, step = y.min(), (y.max() - y.min()) / float(2**bits - 1)
+    return torch.round((y - low) / step) * step + low
 
 
 def _power_of_two(y: Tensor) -> Tensor:
@@ -99,7 +90,8 @@ def _relu(x: Tensor) -> Tensor:
 
 
 def _pool(kernel: int, stride: int, x: Tensor) -> Tensor:
-    return x.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4).max(4)[0]
+    windows: Tensor = x.unfold(2, kernel, stride).unfold(3, kernel, stride)
+    return windows.flatten(4).max(4)[0]
 
 
 # ---- batch norm
