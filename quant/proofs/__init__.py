@@ -93,7 +93,7 @@ def verify(names: Iterable[str]) -> Iterator[Verdict]:
 def judge(method: str, claim: Claim) -> Verdict:
     """Compute both sides of a claim. What raises, differs without a name, or has a name for no difference, DEVIATES.
 
-    >>> one, two = lambda: [torch.tensor([1.0])], lambda: [torch.tensor([2.0])]
+    >>> one, two = (lambda: [torch.ones(1, dtype=torch.float64)]), (lambda: [torch.full((1,), 2.0, dtype=torch.float64)])
     >>> judge("m", Claim("", "", one, one)).verdict, judge("m", Claim("", "", one, two)).verdict
     ('equal', 'DEVIATES')
     >>> judge("m", Claim("", "", two, one, Named("twice as large", lambda ones: [2 * ones[0]]))).verdict
