@@ -62,7 +62,7 @@ def build(name: str, *, in_channels: int, num_classes: int, image_size: int, **a
     """
     if name not in MODELS:
         import_all()
-    function = pick("model", name, MODELS)
+    function = pick("model", name, dict(sorted(MODELS.items())))
     return function(in_channels=in_channels, num_classes=num_classes, image_size=image_size, **arguments)
 
 

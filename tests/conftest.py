@@ -79,3 +79,12 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code_of_other_tests() -> Iterator[None]:
+    """torch compiles one function a limited number of times in a process, and the tests share theirs."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
