@@ -143,9 +143,11 @@ class Marksman:
     phases: dict[str, tuple[int, float]]  # entries and seconds of each phase in it
     aimed: float = 0.5
 
-    def next(self) -> Aim:
+    def next(self, resumes: bool) -> Aim:
+        """`resumes`: the run to be killed has a checkpoint to go on from."""
         if self.rng.random() > self.aimed:
-            return Aim(self.rng.uniform(0, self.seconds))
-        phase = self.rng.choice([name for name, (entries, _) in self.phases.items() if entries and name != "start"])
+            return Aim(self.rng.uniform(0, self.seconds) * self.rng.uniform(0.3, 1))
+        never = {"start"} if resumes else {"start", "resume"}
+        phase = self.rng.choice([name for name, (entries, _) in self.phases.items() if entries and name not in never])
         entries, spent = self.phases[phase]
-        return Aim(self.rng.uniform(0, spent / max(entries, 1)), phase, self.rng.randint(1, max(1, entries // 2)))
+        return Aim(self.rng.uniform(0, spent / max(entries, 1)), phase, self.rng.randint(1, max(1, entries // 3)))

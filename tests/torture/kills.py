@@ -70,7 +70,8 @@ def torture(scenario: Scenario, known: Reference, place: Path, rng: random.Rando
     folder, marksman = scenario.folder(place), Marksman(rng, known.seconds, known.phases)
     code = -9
     for _ in range(KILLS_A_RUN):
-        end = run_and_kill(lambda: work(scenario.config), place, marksman.next())
+        aim = marksman.next(resumes=any((folder / "checkpoints").glob("step-*.json")))
+        end = run_and_kill(lambda: work(scenario.config), place, aim)
         code = end.code
         if code not in KILLED:
             break
