@@ -16,6 +16,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("runner.verify:verify", "prove the mathematics of every quantizer, or of quant=NAME"),
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
     "report": ("runner.report:report", "the results table of finished runs: report FOLDER … [--format md|csv]"),
+    "bench": ("runner.bench:bench", "measure this machine: bench step | conv | model"),
+    "export": ("runner.export:export", "write a trained model for others: export checkpoint=PATH format=packed|onnx|safetensors"),
+    "predict": ("runner.predict:predict", "classify images: predict FILE IMAGE …"),
     "dashboard": ("runner.verbs:dashboard", "draw the dashboard of run folders again: dashboard FOLDER …"),
 }
 SWEEP = {"-m", "--multirun"}

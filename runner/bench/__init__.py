@@ -1,0 +1,21 @@
+"""`bench`: what training and inference really cost on this machine, always as a ratio to float32 measured in the same process."""
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from runner.faults import ConfigError, Fault, nearest
+
+KINDS = {
+    "step": "one training step of every quantizer: time, bytes saved for backward, peak memory",
+    "conv": "the packed binary convolution over channels and filter sizes (XNOR-Net, Fig. 4 b and c)",
+    "model": "a stored network, float against packed: latency, throughput, memory",
+}
+
+
+def bench(words: Sequence[str]) -> int:
+    """Measure one of `KINDS`; its figures are printed and written as CSV, JSON and a page."""
+    kind = words[0] if words else ""
+    if kind not in KINDS:
+        listed = "; ".join(f"{name}: {meaning}" for name, meaning in KINDS.items())
+        raise ConfigError([Fault("bench", f"say which: bench step|conv|model.{nearest(kind, list(KINDS))} {listed}")])
+    return int(import_module(f"runner.bench.{kind}").run(list(words[1:])))
