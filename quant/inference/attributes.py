@@ -1,0 +1,50 @@
+"""Checks of attributes that come from a file: each says what is accepted, or None where the value is fine."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[[Any], str | None]
+LARGEST, LARGEST_SIDE = 1 << 20, 256  # numbers of channels and the like; kernels, strides and paddings
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def whole(low: int, high: int = LARGEST) -> Check:
+    """A whole number from `low` to `high`.
+
+    >>> whole(1)(0), whole(1)(3)
+    ('a whole number from 1 to 1048576', None)
+    """
+    return lambda value: None if _is_whole(value, low, high) else f"a whole number from {low} to {high}"
+
+
+def pair(low: int) -> Check:
+    """Two whole numbers, for height and width."""
+
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, list) and len(value) == 2 and all(_is_whole(v, low, LARGEST_SIDE) for v in value)
+        return None if fits else f"two whole numbers from {low} to {LARGEST_SIDE}"
+
+    return check
+
+
+def shape(value: Any) -> str | None:
+    """The shape of a weight: two or four sizes."""
+    fits = isinstance(value, list) and len(value) in (2, 4) and all(_is_whole(v, 1, LARGEST) for v in value)
+    return None if fits else f"two or four whole numbers from 1 to {LARGEST}"
+
+
+def number(value: Any) -> str | None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return None if fits else "a finite number"
+
+
+def positive(value: Any) -> str | None:
+    return number(value) or (None if value > 0 else "a number above 0")
+
+
+def flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"

@@ -1,0 +1,121 @@
+"""A packed network, loaded and ready: a list of operations that are done one after the other."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from quant import kernels
+from quant.inference.file import BadPackedFile, from_bytes, read
+from quant.inference.graph import Graph, Node, uses
+from quant.inference.ops import OPS, Operation, Run
+
+MOST_VALUES = 1 << 28  # numbers in any one value for one image: 1 GiB
+SHARED = {"flatten"}  # operations whose result may be a view of their input
+
+
+class Op:
+    """One step of a network: `op(values)` makes values[op.output]. `name` is the layer's, `kind` the operation's."""
+
+    __slots__ = ("ends", "inputs", "kind", "name", "nbytes", "output", "run")
+
+    def __init__(self, node: Node, output: int, run: Run, ends: tuple[int, ...]) -> None:
+        self.name, self.kind, self.inputs, self.nbytes = node.name, node.op, node.inputs, node.nbytes
+        self.output, self.run, self.ends = output, run, ends
+
+    def __call__(self, values: list[Any]) -> None:
+        values[self.output] = self.run(*[values[i] for i in self.inputs])
+        for value in self.ends:  # nobody will ask for these again
+            values[value] = None
+
+
+class PackedModel:
+    """A network from a packed file. Logits (N, classes) of normalised images (N, C, size, size), float32 on the CPU.
+
+        model = PackedModel.load("model.packed.safetensors")
+        logits = model(images)
+
+        values = model.begin(images)          the same, a layer at a time: to measure or to look at what lies between
+        for op in model.ops:
+            op(values)
+        logits = values[-1]
+
+    `kernel` is the code path of the packed kernels, or "float", and `why_float` then says why. Loading never runs code from
+    the file, and raises BadPackedFile for one that is damaged, of another version, or makes no sense.
+    """
+
+    def __init__(self, graph: Graph, *, packed: bool | None = None) -> None:
+        self.graph = graph
+        self.preprocessing, self.classes, self.about = graph.preprocessing, graph.classes, graph.about
+        self.why_float = kernels.why_not() if packed is None else (None if packed else "as asked for")
+        self.kernel: str = "float" if self.why_float else kernels.available()
+        _try_shapes(graph)
+        self.ops: Sequence[Op] = _ops(graph, packed=self.why_float is None)
+
+    @classmethod
+    def load(cls, path: str | Path, *, packed: bool | None = None) -> Self:
+        """Read a file. `packed` False computes in floats, without the packed kernels."""
+        return cls(read(Path(path)), packed=packed)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, *, packed: bool | None = None) -> Self:
+        """The content of such a file."""
+        return cls(from_bytes(content), packed=packed)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        values = self.begin(images)
+        for op in self.ops:
+            op(values)
+        logits: Tensor = values[-1]
+        return logits
+
+    def begin(self, images: Tensor) -> list[Any]:
+        """The values of a pass over the operations: the images first, the others still to be made."""
+        return [images, *[None] * len(self.ops)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(op.nbytes for op in self.ops)
+
+
+def _ops(graph: Graph, *, packed: bool) -> list[Op]:
+    counts = uses(graph.nodes)
+    last_use = {value: k for k, node in enumerate(graph.nodes, start=1) for value in node.inputs}
+    ops = []
+    for k, node in enumerate(graph.nodes, start=1):
+        make = _maker(OPS[node.op], node, graph.nodes, counts)
+        ends = tuple(value for value in set(node.inputs) if last_use[value] == k)
+        ops.append(Op(node, k, make(node, packed), ends))
+    return ops
+
+
+def _maker(
+    operation: Operation, node: Node, nodes: Sequence[Node], counts: Sequence[int]
+) -> Callable[[Node, bool], Run]:
+    """The maker that works in the memory of its first input, where that is made for this node alone."""
+    first = node.inputs[0]
+    alone = first > 0 and counts[first] == 1 and nodes[first - 1].op not in SHARED
+    return operation.in_place if operation.in_place is not None and alone else operation.make
+
+
+def _try_shapes(graph: Graph) -> None:
+    """One pass without memory: every tensor has to fit, and nothing may become absurdly large."""
+    take = graph.preprocessing
+    meta = torch.device("meta")
+    values: list[Any] = [torch.empty(1, take.channels, take.size, take.size, device=meta)]
+    for node in graph.nodes:
+        bare = Node(node.op, node.name, node.inputs, node.attrs, {k: t.to(meta) for k, t in node.tensors.items()})
+        try:
+            with meta:
+                value = OPS[node.op].make(bare, False)(*[values[i] for i in node.inputs])
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            raise BadPackedFile(f"{node.name} ({node.op}) makes no sense here: {str(error).splitlines()[0]}") from error
+        if value.numel() > MOST_VALUES:
+            raise BadPackedFile(f"{node.name} ({node.op}) would make {value.numel():,} numbers of one image")
+        values.append(value)
+    if values[-1].shape != (1, len(graph.classes)):
+        raise BadPackedFile(f"the network gives {tuple(values[-1].shape)}, but there are {len(graph.classes)} classes")
