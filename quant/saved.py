@@ -38,14 +38,18 @@ def saved_bytes(run: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> in
     return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
 
 
-def saved_bytes_per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def saved_bytes_per_sample(
+    model: nn.Module, images: Tensor, labels: Tensor, forward: Callable[[Tensor], Tensor] | None = None
+) -> float:
     """Bytes a sample that a training step of `model` keeps for backward, with cross entropy behind it; images included.
 
-    The model is left as it was: buffers (running statistics) and the random state are put back.
+    `forward`: how the model is called, where not as it is (autocast, compiled). The model is left as it was: buffers (running
+    statistics) and the random state are put back.
     """
+    call = forward or model
     with _undisturbed(model, images.device):
         exclude = [*model.parameters(), *model.buffers()]
-        return saved_bytes(lambda: F.cross_entropy(model(images), labels), exclude) / len(images)
+        return saved_bytes(lambda: F.cross_entropy(call(images), labels), exclude) / len(images)
 
 
 @contextmanager

@@ -72,6 +72,7 @@
 
   function move(kind) {
     const range = models("Range1d").find((candidate) => candidate.name === "x");
+    if (!range) return;
     const [start, end] = moves[kind](range.start, range.end - range.start);
     show(Math.max(start, page.start), Math.min(end, page.end));
   }

@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
+from quant.regularizer import Penalty
 from quant.surgery import quantized_layers
 from runner.faults import Diverged, Preempted
 from runner.health import gradient_norms
@@ -14,6 +17,7 @@ from runner.optim import optimizer_for
 from runner.regime import Setting
 from runner.rows import Result, write_epoch
 from runner.run import Run
+from runner.schema import RunConfig
 from runner.sources import Source
 
 LOOK_EVERY = 20  # steps between two looks at the loss on a GPU, where looking costs a synchronisation
@@ -57,7 +61,26 @@ def train_epoch(run: Run) -> None:
         run.stop.check()
 
 
-def train_step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+class Trainee(Protocol):
+    """What a training step needs of a run."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def forward(self) -> Callable[[Tensor], Tensor]: ...
+    @property
+    def penalty(self) -> Penalty: ...
+    @property
+    def scaler(self) -> torch.amp.GradScaler: ...
+    @property
+    def ema(self) -> AveragedModel | None: ...
+
+
+def train_step(run: Trainee, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One optimizer step on one batch: its mean loss, and how many answers were right (tensors on the device)."""
     config, scaler = run.config.trainer, run.scaler
     optimizer.zero_grad(set_to_none=True)

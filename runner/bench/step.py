@@ -1,0 +1,138 @@
+"""`bench step`: one training step of every quantizer against float32 of the same network, in turns in one process.
+
+    python -m runner bench step                                every quantizer as it ships, ResNet-18, batch 64, one thread
+    python -m runner bench step model=lenet5 dataset=mnist batch=32 quant=xnor,lsq
+    python -m runner bench step quant=lsq quant.weight_bits=2,4 trainer.compile=false,true    all four
+    python -m runner bench step variant="quant=actgrad quant.bits=2 quant.norm=quantized" variant="quant=xnor"
+    python -m runner bench step device=cuda base="trainer.amp=bf16 trainer.compile=true" trainer.amp=bf16 trainer.compile=true
+
+Every key of a run may be given; commas make combinations. A `variant` is a row of its own on the same network and data. Short
+forms: `batch` (batch_size), `threads` and `device` (trainer.…). `n`: turns; `base`: what float32 itself is trained with.
+"""
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from runner.compose import choices_of, config_from, expand, split_options
+from runner.faults import ConfigError, Exit, Fault, refuse
+from runner.schema import RunConfig
+
+TURNS = 9
+SHORT = {"batch": "batch_size", "threads": "trainer.threads", "device": "trainer.device"}
+OWN = ("n", "variant", "base")
+USUAL = ("model=resnet18", "dataset=synthetic", "batch_size=64", "trainer.threads=1")
+METHOD = re.compile(r"\+*(quant|regularizer|trainer)[.=](?!device=|threads=)")  # how a network is trained, not which
+BESIDE = ("quant=actgrad quant.bits=2 quant.norm=quantized",)  # measured unasked, besides every quantizer as it ships
+COMPILED = ("quant=none trainer.compile=true", "quant=lsq trainer.compile=true")  # the same, where there is a compiler
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table: its name, its config, and the name of the float32 step that it is compared with."""
+
+    name: str
+    config: RunConfig
+    base: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everybody who takes part, float32 first, how many turns each has, and the command."""
+
+    contenders: list[Contender]
+    turns: int
+    command: list[str]
+
+
+def run(words: Sequence[str]) -> int:
+    """Measure, print the table, and write CSV, JSON and a page."""
+    plan = plan_of(words)
+    from runner.bench.contest import measure
+    from runner.bench.step_report import report
+
+    report(plan, *measure(plan))
+    return int(Exit.DONE)
+
+
+def plan_of(words: Sequence[str]) -> Plan:
+    """Who takes part. Raises ConfigError for whatever is wrong with any of them; nothing heavy is loaded."""
+    own, rest, config_dirs = _sorted_out(words)
+    turns = own["n"][-1] if own["n"] else str(TURNS)
+    if not turns.isdigit() or int(turns) < 1:
+        raise ConfigError([Fault("n", f"{turns!r}: give a whole number of turns, 9 or more for figures to be quoted")])
+    keys = {word.partition("=")[0] for word in rest}
+    jobs = expand([*(word for word in USUAL if word.partition("=")[0] not in keys), *rest])
+    lines = list(jobs) if "quant" in keys else []
+    variants = own["variant"] if own["variant"] or lines else _usual_rows()
+    lines += [[*network(job), *shlex.split(variant)] for variant in variants for job in jobs]
+    base = shlex.split(" ".join(own["base"]))
+    contenders = _contenders(lines, base, config_dirs)
+    _refuse_mixed([contender.config for contender in contenders])
+    return Plan(contenders, int(turns), ["bench", "step", *words])
+
+
+def network(words: Iterable[str]) -> list[str]:
+    """The words that say which network is trained on which data, without those that say how."""
+    return [word for word in words if not METHOD.match(word)]
+
+
+def _sorted_out(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:
+    """Words of this verb, words of a run with short forms written out, folders of configs."""
+    overrides, config_dirs = split_options(words)
+    own: dict[str, list[str]] = {key: [] for key in OWN}
+    rest: list[str] = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if key in own:
+            own[key].append(value)
+        else:
+            rest.append(f"{SHORT.get(key, key)}{equals}{value}")
+    return own, rest, config_dirs
+
+
+def _usual_rows() -> list[str]:
+    shipped = [f"quant={name}" for name in choices_of()["quant"] if name != "none"]
+    compiled = COMPILED if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else ()
+    return [*shipped, *BESIDE, *compiled]
+
+
+def _contenders(lines: Sequence[Sequence[str]], base: Sequence[str], config_dirs: Sequence[str]) -> list[Contender]:
+    """A contender a line, each behind its own float32; a line that says the same as another is left out."""
+    shared = [word for word in lines[0] if all(word in line for line in lines) and not word.startswith("quant=")]
+    found: list[Contender] = []
+    faults: list[Fault] = []
+    for line in lines:
+        ground = network(line)
+        plain = _name([word for word in ground if word not in shared]) or "float32"
+        rows = [
+            (plain, [*ground, "quant=none", *base], plain),
+            (_name([w for w in line if w not in shared]), line, plain),
+        ]
+        for name, words, against in rows:
+            try:
+                config = config_from(words, config_dirs)
+            except ConfigError as error:
+                faults += error.faults
+                continue
+            if all(config != other.config for other in found):
+                found.append(Contender(name, config, against))
+    refuse({str(fault): fault for fault in faults}.values())
+    return found
+
+
+def _name(words: Sequence[str]) -> str:
+    """`quant=lsq trainer.compile=true` -> `lsq compile=true`."""
+    ordered = sorted(words, key=lambda word: not word.startswith("quant="))
+    short = " ".join(re.sub(r"^\+*(quant=|quant\.|trainer\.)", "", word) for word in ordered)
+    return re.sub(r"\bnone\b", "float32", short)
+
+
+def _refuse_mixed(configs: Sequence[RunConfig]) -> None:
+    """One process has one number of threads, and turns are taken on one device."""
+    for key in ("device", "threads"):
+        values = {getattr(config.trainer, key) for config in configs}
+        if len(values) > 1:
+            raise ConfigError([Fault(f"trainer.{key}", f"must be the same for all, not {', '.join(map(str, values))}")])
