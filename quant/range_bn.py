@@ -8,7 +8,9 @@ per channel. A range needs comparisons only and no squares, so low-precision har
 autograd makes of the definition; of equal maxima (minima) of a chunk the first sample's first pixel receives it.
 
 A chunk is n_k values of a channel: whole samples, as many chunks as there are samples but at most `chunks`. Where these do not
-divide the batch, chunks differ by one sample, and C is that of the real length. A chunk holds at least two values.
+divide the batch, chunks differ by one sample, and C is that of the real length. Small maps and batches get fewer chunks, of at
+least 8 values each: the range of two values is often nearly 0, and gradients are divided by it (MobileNetV2's 1x1 maps at
+batch 4: gradients of 1e37 in the second step, against 1e2 with one chunk of four).
 """
 
 import math
@@ -25,6 +27,7 @@ from quant.matmul import Codec, GradientMap, Whole
 from quant.uniform import Codes, GradientRounding, RunningRange, fake_quantize
 
 Scale = Literal["reference", "paper", "d2"]
+LEAST = 8  # values in a chunk, where the batch has as many: about where a sample's ranges tell most of sigma
 REFERENCE = 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4)))  # 0.5402, of convNet.pytorch's RangeBN
 
 
@@ -65,7 +68,7 @@ class _Chunks:
     """How a batch of B samples with `pixels` values a channel falls into chunks."""
 
     def __init__(self, batch: int, pixels: int, chunks: int) -> None:
-        self.count = max(1, min(chunks, batch if pixels > 1 else batch // 2))
+        self.count = max(1, min(chunks, batch // -(-LEAST // pixels)))
         self.short, self.long_ones = divmod(batch, self.count)  # samples of a short chunk; chunks with one sample more
         self.pixels = pixels
 
