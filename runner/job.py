@@ -23,6 +23,7 @@ from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, Storage
 from runner.files import write_atomic, write_json
 from runner.folder import RunFolder, done_already, run_path
 from runner.log import cell
+from runner.regime import too_late
 from runner.run import Run
 from runner.schema import RunConfig
 from runner.screen import Screen
@@ -125,9 +126,15 @@ def _preflight(run: Run) -> Cost:
     )
     run.screen.table(title, list(SHOWN), [[row[key] for key in SHOWN.values()] for row in rows])
     run.screen.say(_cost_line(cost, run))
-    for remark in run.remarks:
+    for remark in filter(None, (*run.remarks, _late_phases(run))):
         run.screen.say(remark)
     return cost
+
+
+def _late_phases(run: Run) -> str:
+    if run.phases[0].step is not None:
+        return too_late([phase.step or 0 for phase in run.phases], run.total_steps, "step")
+    return too_late([phase.epoch or 0 for phase in run.phases], run.config.total_epochs, "epoch")
 
 
 def _saved_bytes(run: Run, images: Tensor) -> int:

@@ -87,6 +87,19 @@ def data_setting_at(phases: Sequence[DataPhase], epoch: int) -> Setting:
     return setting
 
 
+def too_late(starts: Sequence[int], length: int, unit: str) -> str:
+    """One line where phases begin after the run has ended, so that a short run does not keep the first learning rate unnoticed.
+
+    >>> too_late([0, 81, 122], 20, "epoch")
+    'note: the run ends at epoch 20; phases of the regime at epoch 81, 122 never begin. regime=cosine fits any length'
+    >>> too_late([0, 10], 20, "epoch")
+    ''
+    """
+    late = ", ".join(str(start) for start in starts if start >= length)
+    what = f"phases of the regime at {unit} {late} never begin"
+    return f"note: the run ends at {unit} {length}; {what}. regime=cosine fits any length" if late else ""
+
+
 def steps_per_epoch(samples: int, batch_size: int, drop_last: bool) -> int:
     """Batches of one epoch; a last batch of a single sample is left out, since batch norm has no variance for it."""
     full, rest = divmod(samples, batch_size)
