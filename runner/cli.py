@@ -15,7 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("runner.verbs:evaluate", "measure a stored model: evaluate checkpoint=PATH (= mode=evaluate)"),
     "verify": ("runner.verify:verify", "prove the mathematics of every quantizer, or of quant=NAME"),
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
-    "report": ("runner.report:report", "the results table of finished runs: report FOLDER … [--format md|csv]"),
+    "report": ("runner.pages.report:report", "the results table of finished runs: report FOLDER … [--format md|csv]"),
     "bench": ("runner.bench:bench", "measure this machine: bench step | conv | model"),
     "export": ("runner.export:export", "write a trained model for others: export checkpoint=PATH format=packed|onnx|safetensors"),
     "predict": ("runner.predict:predict", "classify images: predict FILE IMAGE …"),

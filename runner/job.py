@@ -81,7 +81,7 @@ def _draw(path: Path, config: RunConfig, screen: Screen) -> None:
     """The dashboard. A run is done or not without it: what goes wrong here is said, and no more."""
     if config.trainer.dashboard == "none":
         return
-    from runner.dashboard import write_dashboard
+    from runner.pages.dashboard import write_dashboard
 
     try:
         page = write_dashboard(path, defaults_of(config))

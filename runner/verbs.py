@@ -57,7 +57,7 @@ def regime(words: Sequence[str]) -> int:
     screen.table(
         f"{config.regime.epochs} epochs as conf says, {len(rows)} here", COLUMNS, [list(r.values()) for r in changes]
     )
-    from runner.dashboard import write_timeline
+    from runner.pages.dashboard import write_timeline
 
     path = Path(config.outputs) / "regime.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def _changes(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
 def dashboard(words: Sequence[str]) -> int:
     """Draw the pages of run folders again."""
-    from runner.dashboard import write_dashboard
-    from runner.records import find_runs
+    from runner.pages.dashboard import write_dashboard
+    from runner.pages.records import find_runs
 
     folders = [path for word in words or ["outputs"] for path in find_runs(Path(word))]
     if not folders:

@@ -13,10 +13,10 @@ import yaml
 from browser import CHROMIUM, Browser
 from run_samples import LENET, make_run
 
-from runner.curves import short_labels
-from runner.dashboard import flatten, write_dashboard, write_timeline
 from runner.faults import StorageError
-from runner.page import amount, duration, embedded_json, size, write_page
+from runner.pages.curves import short_labels
+from runner.pages.dashboard import flatten, write_dashboard, write_timeline
+from runner.pages.page import amount, duration, embedded_json, size, write_page
 
 HOSTILE = (
     '</script><img src=//x.example/i onerror="window.hit=1"><script>window.hit=1</script>\'"&{{7*7}}$$x^2$$\u2028=1'

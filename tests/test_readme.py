@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from runner.compose import choices_of
-from runner.report import as_markdown, collect
+from runner.pages.report import as_markdown, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

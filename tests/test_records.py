@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_samples import LENET, make_run
 
-from runner.records import complete_lines, find_runs, read_run
+from runner.pages.records import complete_lines, find_runs, read_run
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_ten_thousand_runs_are_listed_in_no_time(tmp_path: Path) -> None:
 
 
 def test_reading_loads_no_torch() -> None:
-    code = "import sys, runner.records, runner.page; sys.exit(bool({'torch', 'bokeh', 'pandas'} & set(sys.modules)))"
+    code = "import sys, runner.pages.records, runner.pages.page; sys.exit(bool({'torch', 'bokeh', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from runner.faults import ConfigError
-from runner.report import as_csv, as_markdown, collect, report
+from runner.pages.report import as_csv, as_markdown, collect, report
 
 
 def make(root: Path, quant: str, seed: int, top1: float, *words: str) -> None:

@@ -11,7 +11,7 @@ from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFo
 from bokeh.models.annotations.geometry import Span
 from bokeh.plotting import figure
 
-from runner.page import Column, embedded_json, page, plain, table, text, write_page
+from runner.pages.page import Column, embedded_json, page, plain, table, text, write_page
 
 ROW_HEIGHT = 24
 

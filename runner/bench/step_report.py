@@ -12,7 +12,7 @@ from runner.bench.literature import CONDITIONS, MODEL, PEERS, Published
 from runner.bench.page import Bar, Charts, facts_table, write_bench_page
 from runner.bench.step import Plan
 from runner.files import write_atomic, write_json
-from runner.page import NOTHING, Column, table
+from runner.pages.page import NOTHING, Column, table
 from runner.screen import Screen
 
 if TYPE_CHECKING:

@@ -154,8 +154,8 @@ def page(title: str, body: str, figures: str) -> str:
     from bokeh.resources import Resources
 
     library = "\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)
-    script = (files("runner") / "page.js").read_text(encoding="utf-8")
-    style = (files("runner") / "page.css").read_text(encoding="utf-8")
+    script = (files("runner.pages") / "page.js").read_text(encoding="utf-8")
+    style = (files("runner.pages") / "page.css").read_text(encoding="utf-8")
     allowed = " ".join(f"'sha256-{_digest(source)}'" for source in (library, script))
     policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
     return f"""<!DOCTYPE html>

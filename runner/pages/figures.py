@@ -38,7 +38,7 @@ from bokeh.models.annotations.legends import ColorBar
 from bokeh.models.renderers.glyph_renderer import GlyphRenderer
 from bokeh.plotting import figure
 
-from runner.page import embedded_json, text
+from runner.pages.page import embedded_json, text
 
 MARKERS_PER_CURVE = 12
 MOST_CELLS = 20_000

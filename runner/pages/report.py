@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.faults import ConfigError, Fault
-from runner.records import find_runs
+from runner.pages.records import find_runs
 
 ROW = (
     "model", "dataset", "quant", "settings", "seed", "epochs", "test_top1", "best_val_top1", "train_seconds", "images_per_s",

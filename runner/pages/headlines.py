@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from runner.page import NOTHING, amount, duration, number, plain, size, text
-from runner.records import Run
+from runner.pages.page import NOTHING, amount, duration, number, plain, size, text
+from runner.pages.records import Run
 
 
 def headlines(run: Run) -> str:

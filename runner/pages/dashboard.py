@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from runner.columns import LAYERS
-from runner.curves import curve_section, health_section, timeline_section
-from runner.headlines import headlines
-from runner.page import NOTHING, Column, number, page, plain, table, text, write_page
-from runner.records import Run, read_run
+from runner.pages.curves import curve_section, health_section, timeline_section
+from runner.pages.headlines import headlines
+from runner.pages.page import NOTHING, Column, number, page, plain, table, text, write_page
+from runner.pages.records import Run, read_run
 
 MOST_TABLE_ROWS = 500
 MOST_CONFIG_KEYS = 2_000

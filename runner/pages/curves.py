@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from bokeh.models import ColumnDataSource
 
-from runner.figures import MOST_CELLS, Axis, Panel, Series, Sheet, source_of
-from runner.page import Column, number, plain, table, text
-from runner.records import Run
+from runner.pages.figures import MOST_CELLS, Axis, Panel, Series, Sheet, source_of
+from runner.pages.page import Column, number, plain, table, text
+from runner.pages.records import Run
 
 MOST_POINTS = 2_000
 TIME_UNITS = ((7200.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
