@@ -10,9 +10,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.np.numpy_support import carray
 
-from quant.kernels.intrinsics import clear, finish, get_word, put_half, put_word, ticket, transpose
+from quant.kernels.intrinsics import (
+    address_of,
+    clear,
+    copy,
+    copy_rows,
+    get_word,
+    least,
+    most,
+    put_half,
+    record_at,
+    spread_words,
+    ticket,
+    transpose,
+)
 from quant.kernels.machine import Processor, helper, inlined
 from quant.kernels.tiles import avx2_tile, avx512_tile, portable_tile
 
@@ -28,12 +40,13 @@ class ConvJob(NamedTuple):
     base: int
     scale: int
     bias: int
+    columns: int  # for each output column, where its border class begins in a row of `base`
     out: int
     channels_last: int
     tasks: int
     scratch_size: int  # of one thread
-    columns_at: int  # where in the scratch the border classes of the columns lie
-    sums_at: int  # and the raw popcounts of a band of pixels
+    sums_at: int  # where in the scratch, behind the image, a tile's raw sums lie,
+    band_at: int  # and results of a band of pixels, until they are transposed
     act_image_words: int
     act_channel_words: int
     act_pixel_words: int
@@ -54,7 +67,6 @@ class ConvJob(NamedTuple):
     out_width: int
     band: int  # pixels
     base_row_size: int
-    channels_padded: int
     out_channels: int
 
 
@@ -79,159 +91,123 @@ SHAPES: dict[Processor, TileShape] = {"avx512": AVX512, "avx2": AVX2, "portable"
 
 
 @helper
-def _fill_image(job: Any, image: int, scratch: int, nibbles: bool) -> None:
+def _fill_words(job: Any, image: int, scratch: int) -> None:
     """Copy the words of an image into the scratch, pixel after pixel, between the padding columns (which stay 0)."""
-    words, width = job.words, job.width
-    padded = width + 2 * job.padding_width
+    size, width = 4 * job.words, job.width
     source = job.acts + 4 * image * job.act_image_words
-    channel_step, pixel_step = job.act_channel_words, job.act_pixel_words
     for y in range(job.height):
-        row = (y * padded + job.padding_width) * words
+        row = scratch + (y * (width + 2 * job.padding_width) + job.padding_width) * size
+        if job.act_pixel_words == job.words:
+            copy(source + y * width * size, row, width * size)
+        else:
+            for c in range(job.words):
+                first = c * job.act_channel_words + y * width * job.act_pixel_words
+                spread_words(source + 4 * first, row + 4 * c, size, width)
+
+
+@helper
+def _fill_nibbles(job: Any, image: int, scratch: int) -> None:
+    """The same for the avx2 tile: eight half words for each word, the offsets of its nibbles' tables."""
+    words, width = job.words, job.width
+    source = job.acts + 4 * image * job.act_image_words
+    for y in range(job.height):
+        row = (y * (width + 2 * job.padding_width) + job.padding_width) * words
         for c in range(words):
-            first = c * channel_step + y * width * pixel_step
             for x in range(width):
-                word, place = get_word(source, first + x * pixel_step), row + x * words + c
-                if nibbles:
-                    for n in range(8):  # the offset of a nibble's table, which has 32 bytes
-                        put_half(scratch, 8 * place + n, ((word >> (4 * n)) & 15) << 5)
-                else:
-                    put_word(scratch, place, word)
-
-
-@helper
-def _column_classes(job: Any, columns: int) -> None:
-    """Which columns of the kernel lie in the image, for each output column: its row in `base`."""
-    kernel, padding = job.kernel_width, job.padding_width
-    side = min(padding, kernel) + 1
-    for x in range(job.out_width):
-        left = padding - x * job.stride_width
-        first = min(max(left, 0), kernel)
-        last = max(min(left + job.width, kernel), first)
-        put_word(columns, x, (first * side + kernel - last) * job.channels_padded * 4)
-
-
-@helper
-def _kernel_rows(job: Any, y: int) -> tuple[int, int]:
-    """First and last kernel row that lie in the image; the others are skipped."""
-    top = job.padding_height - y * job.stride_height
-    first = min(max(top, 0), job.kernel_height)
-    return first, max(min(top + job.height, job.kernel_height), first)
+                word = get_word(source, c * job.act_channel_words + (y * width + x) * job.act_pixel_words)
+                for n in range(8):
+                    put_half(scratch, 8 * (row + x * words + c) + n, ((word >> (4 * n)) & 15) << 5)
 
 
 @inlined
-def _count_band(job: Any, tile: Any, shape: Any, scratch: int, block: int, blocks: int, start: int, stop: int) -> None:
-    """Raw popcounts of the output pixels start..stop (in reading order) for some blocks of channels."""
-    lanes, most_pixels = shape.lanes, shape.pixels
-    pixel_size = job.words * shape.act_word
-    row_size = (job.width + 2 * job.padding_width) * pixel_size
-    run = job.words * job.kernel_width * shape.steps
-    kernel_row = job.words * job.kernel_width * shape.weight_word
-    weights, block_size, sums = job.weights + block * job.block_size, job.block_size, scratch + job.sums_at
-    stride_height, stride_width, padding, width = (
-        job.stride_height,
-        job.stride_width,
-        job.padding_height,
-        job.out_width,
-    )
-    pixel = start
-    while pixel < stop:
-        y, x = pixel // width, pixel % width
-        first, last = _kernel_rows(job, y)
-        row = scratch + (y * stride_height + first - padding) * row_size
-        end = min(width, x + stop - pixel)
-        while x < end:
-            tiles = (end - x + most_pixels - 1) // most_pixels
-            pixels = (end - x + tiles - 1) // tiles
-            tile(
-                pixels, blocks, row + x * stride_width * pixel_size, stride_width * pixel_size, row_size,
-                weights + first * kernel_row, block_size, last - first, run, sums,
-            )  # fmt: skip
-            sums += pixels * blocks * lanes * 4
-            x += pixels
-            pixel += pixels
-
-
-@helper
-def _finish_band(
-    job: Any, lanes: int, image: int, scratch: int, block: int, blocks: int, start: int, stop: int
+def _band(
+    job: Any, tile: Any, shape: Any, image: int, scratch: int, block: int, blocks: int, start: int, stop: int
 ) -> None:
-    """From popcounts to (base - 2 popcount) scale + bias: channels_last at once, else in place and then transposed."""
-    channel, step, sums = block * lanes, blocks * lanes * 4, scratch + job.sums_at
-    width, channels, columns = job.out_width, job.out_channels, scratch + job.columns_at
-    scale, bias, base = job.scale + 4 * channel, job.bias + 4 * channel, job.base + 4 * channel
+    """Output pixels start..stop (in reading order) of some blocks of channels, tile by tile."""
+    pixel_size, most_pixels = job.words * shape.act_word, shape.pixels
+    row_size, window = (job.width + 2 * job.padding_width) * pixel_size, job.stride_width * pixel_size
+    run = job.words * job.kernel_width * shape.steps
+    kernel_row, block_size = job.words * job.kernel_width * shape.weight_word, job.block_size
+    weights, columns = job.weights + block * block_size, job.columns
+    channel, channels = block * shape.lanes, blocks * shape.lanes
+    base, scale, bias = job.base + 4 * channel, job.scale + 4 * channel, job.bias + 4 * channel
+    width, sums, base_row = job.out_width, scratch + job.sums_at, job.base_row_size
+    direct = job.channels_last and channel + channels <= job.out_channels
+    band = scratch + job.band_at
+    out_step = 4 * job.out_channels if direct else 4 * channels
     pixels = job.out_height * width
-    out = job.out + 4 * image * pixels * channels
+    out = job.out + 4 * ((image * pixels + start) * job.out_channels + channel) if direct else band
     pixel = start
     while pixel < stop:
         y, x = pixel // width, pixel % width
-        first, last = _kernel_rows(job, y)
-        column = get_word(columns, x)
-        end = min(pixel + width - x, stop)
-        same = pixel + 1
-        while same < end and get_word(columns, x + same - pixel) == column:
-            same += 1
-        low, high = base + first * job.base_row_size + column, base + last * job.base_row_size + column
-        for v in range(0, step, 64):
-            source, rest = sums + (pixel - start) * step + v, channels - channel - v // 4
-            target, target_step = source, step
-            if job.channels_last:
-                target, target_step = out + 4 * (pixel * channels + channel) + v, 4 * channels
-            count = same - pixel
-            finish(
-                source, step, count, low + v, high + v, scale + v, bias + v,
-                target, target_step, rest if job.channels_last else 16,
+        top = job.padding_height - y * job.stride_height
+        first = least(most(top, 0), job.kernel_height)  # kernel rows that lie in the image; the others are skipped
+        last = most(least(top + job.height, job.kernel_height), first)
+        acts, rows = scratch + (first - top) * row_size, last - first
+        row_weights, low, high = weights + first * kernel_row, base + first * base_row, base + last * base_row
+        end = least(width, x + stop - pixel)
+        while x < end:
+            left = end - x
+            count = most_pixels if left >= most_pixels and left != 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+            tile(
+                count, blocks, acts + x * window, window, row_size, row_weights, block_size, rows, run,
+                columns + 4 * x, low, high, scale, bias, sums, out, out_step,
             )  # fmt: skip
-        pixel = same
-    if not job.channels_last:
-        _transpose_band(sums, step, out + 4 * channel * pixels, start, stop, pixels, channels - channel)
+            out += count * out_step
+            x += count
+            pixel += count
+    if not direct:
+        _leave_band(job, band, image, channel, channels, start, stop)
 
 
 @helper
-def _transpose_band(sums: int, step: int, out: int, start: int, stop: int, pixels: int, channels: int) -> None:
-    """Pixels start..stop, channels innermost, to as many planes as there are channels."""
-    for v in range(0, step, 64):
-        planes = out + v * pixels
-        for pixel in range(start, stop, 16):
-            source = sums + (pixel - start) * step + v
-            transpose(source, step, planes + 4 * pixel, pixels * 4, stop - pixel, channels - v // 4)
+def _leave_band(job: Any, band: int, image: int, channel: int, channels: int, start: int, stop: int) -> None:
+    """From the band, pixel after pixel, to planes of channels, or to pixels whose last channels are missing."""
+    pixels, count, step = job.out_height * job.out_width, stop - start, 4 * channels
+    for c in range(channel, least(channel + channels, job.out_channels), 16):
+        source, rest = band + 4 * (c - channel), job.out_channels - c
+        if job.channels_last:
+            target = job.out + 4 * ((image * pixels + start) * job.out_channels + c)
+            copy_rows(source, step, target, 4 * job.out_channels, count, rest)
+        else:
+            plane = job.out + 4 * ((image * job.out_channels + c) * pixels + start)
+            for p in range(0, count, 16):
+                p = least(p, most(count - 16, 0))  # the last 16 pixels overlap those before: no tail
+                transpose(source + p * step, step, plane + 4 * p, 4 * pixels, count - p, rest)
 
 
 @inlined
-def _work(jobs: Any, tile: Any, shape: Any) -> None:
+def _work(jobs: Any, fill: Any, tile: Any, shape: Any) -> None:
     """Take tasks until none is left. A task is some blocks of channels of one image."""
-    records = carray(jobs, 1)
-    job, tickets = records[0], records.ctypes.data
+    job, tickets = record_at(jobs), address_of(jobs)
     pixels = job.out_height * job.out_width
     scratch = job.scratch + ticket(tickets) * job.scratch_size
-    clear(scratch, job.columns_at)
-    _column_classes(job, scratch + job.columns_at)
+    clear(scratch, job.sums_at)
     present = -1
     task = ticket(tickets + 8)
     while task < job.tasks:
         part, image = task // job.images, task % job.images
         if image != present:
-            _fill_image(job, image, scratch, shape.lanes == 32)
+            fill(job, image, scratch)
             present = image
-        last = min((part + 1) * job.blocks_per_task, job.blocks)
+        last = least((part + 1) * job.blocks_per_task, job.blocks)
         for block in range(part * job.blocks_per_task, last, shape.blocks):
-            blocks = min(shape.blocks, last - block)
+            blocks = least(shape.blocks, last - block)
             for start in range(0, pixels, job.band):
-                stop = min(start + job.band, pixels)
-                _count_band(job, tile, shape, scratch, block, blocks, start, stop)
-                _finish_band(job, shape.lanes, image, scratch, block, blocks, start, stop)
+                _band(job, tile, shape, image, scratch, block, blocks, start, least(start + job.band, pixels))
         task = ticket(tickets + 8)
 
 
 def conv_avx512(jobs: Any) -> None:
-    _work(jobs, avx512_tile, AVX512)
+    _work(jobs, _fill_words, avx512_tile, AVX512)
 
 
 def conv_avx2(jobs: Any) -> None:
-    _work(jobs, avx2_tile, AVX2)
+    _work(jobs, _fill_nibbles, avx2_tile, AVX2)
 
 
 def conv_portable(jobs: Any) -> None:
-    _work(jobs, portable_tile, PORTABLE)
+    _work(jobs, _fill_words, portable_tile, PORTABLE)
 
 
 ENTRIES: dict[Processor, Callable[[Any], None]] = {

@@ -142,6 +142,39 @@ def emitted(emit: Callable[..., Value]) -> Any:
     return intrinsic(typed)
 
 
+def smaller(builder: Builder, a: Value, b: Value) -> Value:
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+
+@emitted
+def least(builder: Builder, a: Value, b: Value) -> Value:
+    """min(a, b). (Numba would compile a function of its own for `min`.)"""
+    return smaller(builder, a, b)
+
+
+@emitted
+def most(builder: Builder, a: Value, b: Value) -> Value:
+    """max(a, b)"""
+    return builder.select(builder.icmp_signed("<", a, b), b, a)
+
+
+def _record_at(typing_context: Any, pointer: Any) -> Any:
+    def generate(context: Any, builder: Builder, signature: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(signature.return_type))
+
+    return pointer.dtype(pointer), generate
+
+
+def _address_of(typing_context: Any, pointer: Any) -> Any:
+    return types.int64(pointer), lambda context, builder, signature, values: builder.ptrtoint(values[0], I64)
+
+
+record_at: Any = intrinsic(
+    _record_at
+)  # the record behind a pointer (`carray`, Numba's own way, takes longer to compile)
+address_of: Any = intrinsic(_address_of)  # a pointer as int64
+
+
 @emitted
 def ticket(builder: Builder, counter: Value) -> Value:
     """The next number, starting from 0: each thread of a team draws its tasks here."""
@@ -155,14 +188,23 @@ def clear(builder: Builder, address: Value, size: Value) -> None:
 
 
 @emitted
+def copy(builder: Builder, source: Value, target: Value, size: Value) -> None:
+    """Copy `size` bytes."""
+    cgutils.raw_memcpy(builder, at(builder, target, 0, I8), at(builder, source, 0, I8), size, I64(1))  # type: ignore[no-untyped-call]
+
+
+@emitted
 def get_word(builder: Builder, address: Value, index: Value) -> Value:
     """The 32-bit word number `index` as a positive number."""
     return builder.zext(load(builder, address, index, I32), I64)
 
 
 @emitted
-def put_word(builder: Builder, address: Value, index: Value, value: Value) -> None:
-    builder.store(builder.trunc(value, I32), at(builder, address, index, I32), align=4)
+def spread_words(builder: Builder, source: Value, target: Value, step: Value, count: Value) -> None:
+    """`count` neighbouring words to places `step` bytes apart."""
+    with cgutils.for_range(builder, count) as word:
+        place = builder.add(target, builder.mul(word.index, step))
+        builder.store(load(builder, source, word.index, I32), at(builder, place, 0, I32), align=4)
 
 
 @emitted
@@ -171,26 +213,17 @@ def put_half(builder: Builder, address: Value, index: Value, value: Value) -> No
     builder.store(builder.trunc(value, I16), at(builder, address, index, I16), align=2)
 
 
-@emitted
-def finish(
-    builder: Builder, sums: Value, step: Value, pixels: Value, low: Value, high: Value, scale: Value, bias: Value,
-    out: Value, out_step: Value, channels: Value,
-) -> None:  # fmt: skip
-    """out = (high - low - 2 sums) scale + bias as float32, for some pixels of the same border class.
+def _copy_rows(
+    builder: Builder, source: Value, source_step: Value, target: Value, target_step: Value, rows: Value, words: Value
+) -> None:
+    """The first `words` (of at most 16) words of some rows, which lie `source_step` and `target_step` bytes apart."""
+    mask = first_lanes(builder, words)
+    with cgutils.for_range(builder, rows) as row:
+        value = words_at(builder, builder.add(source, builder.mul(row.index, source_step)), I64(0))
+        masked_store(builder, value, builder.add(target, builder.mul(row.index, target_step)), I64(0), mask)
 
-    16 channels of a pixel are one vector, of which the first `channels` are stored; the pixels lie `step` and `out_step`
-    bytes apart.
-    """
-    zero = I64(0)
-    base = builder.sub(words_at(builder, high, zero), words_at(builder, low, zero))
-    scales, biases = (builder.bitcast(words_at(builder, address, zero), FLOATS) for address in (scale, bias))
-    for full in full_and_tail(builder, channels, LANES):
-        mask = None if full else first_lanes(builder, channels)
-        with cgutils.for_range(builder, pixels) as pixel:
-            count = words_at(builder, builder.add(sums, builder.mul(pixel.index, step)), zero)
-            whole = builder.sub(base, builder.shl(count, lanes(1)))
-            value = builder.fadd(builder.fmul(builder.sitofp(whole, FLOATS), scales), biases)
-            masked_store(builder, value, builder.add(out, builder.mul(pixel.index, out_step)), zero, mask, FLOAT)
+
+copy_rows = emitted(_copy_rows)
 
 
 @emitted
@@ -210,11 +243,14 @@ def transpose(
     rows = [words_at(builder, builder.add(source, builder.mul(source_step, I64(i))), I64(0)) for i in range(LANES)]
     for _ in range(4):
         rows = [half for i in range(8) for half in _interleave(builder, rows[i], rows[i + 8])]
-    for full in full_and_tail(builder, pixels, LANES):
-        mask = None if full else first_lanes(builder, pixels)
-        for i, row in enumerate(rows):
-            with builder.if_then(builder.icmp_signed("<", I64(i), channels)):
-                masked_store(builder, row, builder.add(target, builder.mul(target_step, I64(i))), I64(0), mask)
+    full = I64(LANES)
+    whole = builder.icmp_signed(">=", smaller(builder, pixels, channels), full)
+    aside = builder.ptrtoint(cgutils.alloca_once(builder, WORDS, LANES), I64)  # type: ignore[no-untyped-call]
+    place, step = builder.select(whole, target, aside), builder.select(whole, target_step, I64(4 * LANES))
+    for i, row in enumerate(rows):
+        store_words(builder, row, builder.add(place, builder.mul(step, I64(i))), I64(0))
+    with builder.if_then(builder.not_(whole)):
+        _copy_rows(builder, aside, I64(4 * LANES), target, target_step, smaller(builder, channels, full), pixels)
 
 
 def _interleave(builder: Builder, a: Value, b: Value) -> tuple[Value, Value]:

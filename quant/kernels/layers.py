@@ -27,8 +27,8 @@ def _entry(path: Processor) -> int:
 def _plan(
     path: Processor, shape: torch.Size, acts_last: bool, kernel: tuple[int, int], stride: tuple[int, int],
     padding: tuple[int, int], out_channels: int, threads: int,
-) -> tuple[bytes, tuple[int, int, int, int], int, int]:  # fmt: skip
-    """The job but for its addresses, the shape of the output, the bytes of scratch, the threads to share them."""
+) -> tuple[bytes, Tensor, tuple[int, int, int, int], int, int]:  # fmt: skip
+    """The job but for its addresses, the columns' border classes, the output's shape, the bytes of scratch, the threads."""
     images, words, height, width = shape
     out_height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
     out_width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
@@ -46,22 +46,36 @@ def _plan(
     tasks = images * -(-blocks // per_task)
     threads = min(threads, tasks)
     band = max(BAND_PIXELS // out_width, 1) * out_width if out_width <= BAND_PIXELS else BAND_PIXELS
-    columns_at = -(-height * (width + 2 * padding[1]) * words * tile.act_word // 64) * 64
-    sums_at = columns_at + -(-out_width // 16) * 64
-    scratch_size = sums_at + (band + 16) * tile.blocks * tile.lanes * 4
-    border_classes = (min(padding[1], kernel[1]) + 1) ** 2
+    sums_at = -(-height * (width + 2 * padding[1]) * words * tile.act_word // 64) * 64
+    band_at = sums_at + tile.pixels * tile.blocks * tile.lanes * 4
+    scratch_size = band_at + (band + 16) * tile.blocks * tile.lanes * 4
+    columns, classes = _border_classes(width, out_width, kernel[1], stride[1], padding[1])
     job = ConvJob(
-        scratch_tickets=0, task_tickets=0, scratch=0, acts=0, weights=0, base=0, scale=0, bias=0, out=0,
-        channels_last=0, tasks=tasks, scratch_size=scratch_size, columns_at=columns_at, sums_at=sums_at,
+        scratch_tickets=0, task_tickets=0, scratch=0, acts=0, weights=0, base=0, scale=0, bias=0, columns=0, out=0,
+        channels_last=0, tasks=tasks, scratch_size=scratch_size, sums_at=sums_at, band_at=band_at,
         act_image_words=words * height * width, act_channel_words=1 if acts_last else height * width,
         act_pixel_words=words if acts_last else 1, images=images, words=words, height=height, width=width,
         block_size=block_size, blocks=blocks, blocks_per_task=per_task,
         kernel_height=kernel[0], kernel_width=kernel[1], stride_height=stride[0], stride_width=stride[1],
         padding_height=padding[0], padding_width=padding[1], out_height=out_height, out_width=out_width, band=band,
-        base_row_size=border_classes * blocks * tile.lanes * 4, channels_padded=blocks * tile.lanes,
-        out_channels=out_channels,
+        base_row_size=classes * blocks * tile.lanes * 4, out_channels=out_channels,
     )  # fmt: skip
-    return np.array(job, np.int64).tobytes(), (images, out_channels, out_height, out_width), scratch_size, threads
+    return (
+        np.array(job, np.int64).tobytes(),
+        columns * (4 * blocks * tile.lanes),
+        (images, out_channels, out_height, out_width),
+        scratch_size,
+        threads,
+    )
+
+
+def _border_classes(width: int, out_width: int, kernel: int, stride: int, padding: int) -> tuple[Tensor, int]:
+    """Of each output column, which one of how many: how many columns of the kernel stick out left, and right."""
+    left = padding - torch.arange(out_width, dtype=torch.int32) * stride
+    first = left.clamp(0, kernel)
+    last = torch.maximum((left + width).clamp(max=kernel), first)
+    side = min(padding, kernel) + 1
+    return first * side + kernel - last, side * side
 
 
 def binary_conv2d(
@@ -103,7 +117,7 @@ def conv2d_of_packed(
         )
     acts, acts_last = dense_bits(acts)
     steps = (stride, stride) if isinstance(stride, int) else stride
-    plan, shape, scratch_size, threads = _plan(
+    plan, columns, shape, scratch_size, threads = _plan(
         weight.processor, acts.shape, acts_last, weight.kernel_size, steps, weight.padding, weight.out_channels,
         threads_for(MOST_THREADS),
     )  # fmt: skip
@@ -114,7 +128,7 @@ def conv2d_of_packed(
         last = _format_of(out, shape)
     scratch = torch.empty(threads * scratch_size, dtype=torch.uint8)
     scales, biases = _per_channel(scale, weight.ones), _per_channel(bias, weight.zeros)
-    tensors = (scratch, acts, weight.words, weight.base, scales, biases, out)
+    tensors = (scratch, acts, weight.words, weight.base, scales, biases, columns, out)
     run(_entry(weight.processor), plan, (0, 0, *[tensor.data_ptr() for tensor in tensors], last), threads)
     return out
 

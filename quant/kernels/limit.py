@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numba.core import cgutils
-from numba.np.numpy_support import carray
 
 from quant.kernels.intrinsics import (
     BYTES,
@@ -26,6 +25,7 @@ from quant.kernels.intrinsics import (
     call,
     emitted,
     popcount,
+    record_at,
     vector_at,
     zeroed,
 )
@@ -73,12 +73,12 @@ def shuffle_loop(builder: Builder, address: Value, steps: Value) -> None:
 
 
 def popcount_limit(jobs: Any) -> None:
-    job = carray(jobs, 1)[0]
+    job = record_at(jobs)
     popcount_loop(job.weights, job.steps)
 
 
 def shuffle_limit(jobs: Any) -> None:
-    job = carray(jobs, 1)[0]
+    job = record_at(jobs)
     shuffle_loop(job.weights, job.steps)
 
 

@@ -20,6 +20,7 @@ _NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), "avx
 Address = int
 Function = TypeVar("Function", bound=Callable[..., Any])
 _config: Any = numba.config
+_njit: Any = numba.njit  # its published types do not know the options that leave out wrappers for Python
 _forked = False
 
 
@@ -70,7 +71,7 @@ def cache_folder() -> str | None:
 
 def helper(function: Function) -> Function:
     """A function that entry points call."""
-    return cast(Function, numba.njit(function))
+    return cast(Function, _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function))
 
 
 def inlined(function: Function) -> Function:
@@ -78,7 +79,7 @@ def inlined(function: Function) -> Function:
 
     (LLVM optimizes a plain helper on its own and again inside each of its callers; Numba's inlining costs time, too.)
     """
-    return cast(Function, numba.njit(inline="always")(function))
+    return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
 
 
 def compiled(function: Callable[[Any], None], job: np.dtype[Any]) -> Address:
@@ -87,7 +88,7 @@ def compiled(function: Callable[[Any], None], job: np.dtype[Any]) -> Address:
     signature = numba.types.void(numba.types.CPointer(numba.from_dtype(job)))  # type: ignore[no-untyped-call]
     before, _config.CACHE_DIR = _config.CACHE_DIR, _config.CACHE_DIR or folder or ""
     try:
-        entry: Any = numba.cfunc(signature, cache=folder is not None)(function)
+        entry: Any = numba.cfunc(signature, cache=folder is not None, error_model="numpy")(function)
     finally:
         _config.CACHE_DIR = before
     _keep_alive.append(entry)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba.np.numpy_support import carray
 from torch import Tensor
 
 from quant.kernels.bits import (
@@ -26,7 +25,7 @@ from quant.kernels.bits import (
     unpack_span,
     unpack_span_half,
 )
-from quant.kernels.intrinsics import LANES, ticket
+from quant.kernels.intrinsics import LANES, address_of, least, record_at, ticket
 from quant.kernels.machine import compiled, inlined, run, threads_for
 
 HALF_TYPES = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # the bits of +1
@@ -60,13 +59,12 @@ JOB = np.dtype([(name, np.int64) for name in PackJob._fields])
 @inlined
 def _work(jobs: Any, on_span: Any, on_pixel: Any) -> None:
     """Take pieces of the tensor until none is left: spans of pixels of a contiguous tensor, pixels of a channels_last one."""
-    records = carray(jobs, 1)
-    job, tickets = records[0], records.ctypes.data
+    job, tickets = record_at(jobs), address_of(jobs)
     parts = (job.pixels + PIXELS_PER_TASK - 1) // PIXELS_PER_TASK
     task = ticket(tickets + 8)
     while task < job.tasks:
         first = task % parts * PIXELS_PER_TASK
-        last = min(first + PIXELS_PER_TASK, job.pixels)
+        last = least(first + PIXELS_PER_TASK, job.pixels)
         if job.channels_last:
             _pixels(job, on_pixel, task // parts, first, last)
         else:
@@ -83,14 +81,14 @@ def _pixels(job: Any, on_pixel: Any, image: int, first: int, last: int) -> None:
         for w in range(words):
             at, word = pixel * channels + 32 * w, pixel * words + w
             other = second + per_float * at + per_word * word
-            on_pixel(floats + float_size * at, bits + 4 * word, other, min(channels - 32 * w, 32), one)
+            on_pixel(floats + float_size * at, bits + 4 * word, other, least(channels - 32 * w, 32), one)
 
 
 @inlined
 def _spans(job: Any, on_span: Any, plane: int, first: int, last: int) -> None:
     pixels, words = job.pixels, (job.channels + 31) // 32
     image, w = plane // words, plane % words
-    channels, step = min(job.channels - 32 * w, 32), job.float_size * pixels
+    channels, step = least(job.channels - 32 * w, 32), job.float_size * pixels
     for pixel in range(first, last, SPAN_PIXELS):
         at, word = (image * job.channels + 32 * w) * pixels + pixel, plane * pixels + pixel
         second = job.second + job.second_per_float * at + job.second_per_word * word

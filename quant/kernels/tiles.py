@@ -2,25 +2,29 @@
 
 A tile walks over the kernel's rows. One row of a filter is one run of consecutive words, in the packed image (pixel
 after pixel, channel words innermost) as in the packed weights: no im2row and no table of taps is needed.
-Every tile writes raw popcounts as int32, pixel after pixel, channels innermost; `conv.py` makes the result of them.
+Every tile ends with (base - 2 popcount) scale + bias, still in registers, and stores float32 pixel after pixel,
+channels innermost: into a channels_last output, or into the scratch, from which `conv.py` transposes.
 
     avx512     7 pixels x 2 blocks of 16 channels; xor, VPOPCNTD, add: three instructions for 512 products
     portable   4 pixels x 1 block of 16 channels; the same text, `llvm.ctpop` becomes what the processor has
     avx2       4 pixels x 2 blocks of 32 channels; VPSHUFB, add: two instructions for 128 products
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 from numba.core import cgutils
 
 from quant.kernels.intrinsics import (
     BYTES,
+    FLOATS,
     HALVES,
     I8,
     I16,
     I32,
     I64,
+    LANES,
     WORDS,
     Builder,
     Value,
@@ -31,65 +35,106 @@ from quant.kernels.intrinsics import (
     lanes,
     load,
     popcount,
+    smaller,
     splat,
     store_words,
     vector_at,
+    words_at,
     zeroed,
 )
 
-Arguments = tuple[Value, ...]  # acts, pixel_stride, row_stride, weights, block_stride, rows, run, out
 # A byte holds 63 popcounts of a nibble, a half word 16,383 of them.
 NIBBLES_PER_BYTE, NIBBLES_PER_HALF = 63, 16383
 
 
-def popcount_tile(builder: Builder, pixels: int, blocks: int, arguments: Arguments) -> None:
-    """out[p, b, lane] = sum over rows and run of popcount(activation word ^ weight word of the lane).
+class Tile(NamedTuple):
+    """What a tile works on. All are int64; addresses and steps in bytes."""
+
+    acts: Value  # the first pixel's window; the next pixel's, and the next kernel row, are a step away
+    pixel_step: Value
+    row_step: Value
+    weights: Value
+    block_step: Value
+    rows: Value
+    run: Value  # words of a kernel row
+    columns: Value  # for each pixel, where its border class begins in a row of `base`
+    low: Value  # `base` up to the first kernel row in the image, and up to the last
+    high: Value
+    scale: Value
+    bias: Value
+    sums: Value  # memory for the raw sums, where the registers are too few for them
+    out: Value
+    out_step: Value  # to the next pixel
+
+
+def popcount_tile(builder: Builder, pixels: int, blocks: int, tile: Tile) -> None:
+    """sums[p, b, lane] = sum over rows and run of popcount(activation word ^ weight word of the lane).
 
     The activation word is broadcast and the lanes are output channels: no sum across lanes is ever needed.
     """
-    acts, pixel_stride, row_stride, weights, block_stride, rows, run, out = arguments
     sums = zeroed(builder, WORDS, pixels * blocks)
-    with cgutils.for_range(builder, rows) as row:
-        row_acts = builder.add(acts, builder.mul(row.index, row_stride))
-        row_weights = builder.add(weights, builder.mul(builder.mul(row.index, run), I64(64)))
-        acts_of = [builder.add(row_acts, builder.mul(pixel_stride, I64(p))) for p in range(pixels)]
-        weights_of = [builder.add(row_weights, builder.mul(block_stride, I64(b))) for b in range(blocks)]
-        with cgutils.for_range(builder, run) as word:
+    with cgutils.for_range(builder, tile.rows) as row:
+        acts_of, weights_of = _of_row(builder, pixels, blocks, tile, row.index, 64)
+        with cgutils.for_range(builder, tile.run) as word:
             weight = [vector_at(builder, address, word.index, WORDS, 64) for address in weights_of]
             for p in range(pixels):
                 act = splat(builder, load(builder, acts_of[p], word.index, I32))
                 for b in range(blocks):
                     add_to(builder, sums[p * blocks + b], popcount(builder, builder.xor(act, weight[b])))
-    for index, slot in enumerate(sums):
-        store_words(builder, builder.load(slot), out, I64(16 * index))
+    for p in range(pixels):
+        pixel_sums = [builder.load(slot) for slot in sums[p * blocks : (p + 1) * blocks]]
+        _finish_pixel(builder, tile, I64(p), pixel_sums)
 
 
-def shuffle_tile(builder: Builder, pixels: int, blocks: int, arguments: Arguments) -> None:
+def _of_row(
+    builder: Builder, pixels: int, blocks: int, tile: Tile, row: Value, word_size: int
+) -> tuple[list[Value], list[Value]]:
+    """Addresses of the pixels' words and of the blocks' weights in one kernel row."""
+    acts = builder.add(tile.acts, builder.mul(row, tile.row_step))
+    weights = builder.add(tile.weights, builder.mul(builder.mul(row, tile.run), I64(word_size)))
+    acts_of = [builder.add(acts, builder.mul(tile.pixel_step, I64(p))) for p in range(pixels)]
+    return acts_of, [builder.add(weights, builder.mul(tile.block_step, I64(b))) for b in range(blocks)]
+
+
+def _finish_pixel(builder: Builder, tile: Tile, pixel: Value, sums: list[Value]) -> None:
+    """out = (high - low - 2 sums) scale + bias as float32: all channels of one pixel, 16 in each vector of sums."""
+    column = builder.zext(load(builder, tile.columns, pixel, I32), I64)
+    low, high = builder.add(tile.low, column), builder.add(tile.high, column)
+    out = builder.add(tile.out, builder.mul(pixel, tile.out_step))
+    for i, count in enumerate(sums):
+        first = I64(LANES * i)
+        base = builder.sub(words_at(builder, high, first), words_at(builder, low, first))
+        whole = builder.sub(base, builder.shl(count, lanes(1)))
+        scale, bias = (builder.bitcast(words_at(builder, at, first), FLOATS) for at in (tile.scale, tile.bias))
+        value = builder.fadd(builder.fmul(builder.sitofp(whole, FLOATS), scale), bias)
+        store_words(builder, value, out, first)
+
+
+def shuffle_tile(builder: Builder, pixels: int, blocks: int, tile: Tile) -> None:
     """The same sums without a popcount instruction, nibble by nibble, 32 output channels in the bytes of a register.
 
     The nibble of the activation chooses one of 16 tables, table[w] = popcount(nibble ^ w); VPSHUFB looks up the
     weight nibbles of 32 channels in it at once. `acts` holds, for every nibble, the offset of its table (16 bits).
     Bytes are widened before they can overflow.
     """
-    acts, pixel_stride, row_stride, weights, block_stride, rows, run, out = arguments
     tables = _nibble_tables(builder)
     for index in range(2 * pixels * blocks):
-        store_words(builder, lanes(0), out, I64(16 * index))
-    group = builder.sdiv(I64(NIBBLES_PER_HALF), run)
-    groups = builder.sdiv(builder.sub(builder.add(rows, group), I64(1)), group)
+        store_words(builder, lanes(0), tile.sums, I64(16 * index))
+    group = builder.sdiv(I64(NIBBLES_PER_HALF), tile.run)
+    groups = builder.sdiv(builder.sub(builder.add(tile.rows, group), I64(1)), group)
     with cgutils.for_range(builder, groups) as part:
         halves = zeroed(builder, HALVES, 2 * pixels * blocks)
         first = builder.mul(part.index, group)
-        count = smaller(builder, group, builder.sub(rows, first))
+        count = smaller(builder, group, builder.sub(tile.rows, first))
         with cgutils.for_range(builder, count) as in_group:
-            row = builder.add(first, in_group.index)
-            row_acts = builder.add(acts, builder.mul(row, row_stride))
-            row_weights = builder.add(weights, builder.mul(builder.mul(row, run), I64(32)))
-            acts_of = [builder.add(row_acts, builder.mul(pixel_stride, I64(p))) for p in range(pixels)]
-            weights_of = [builder.add(row_weights, builder.mul(block_stride, I64(b))) for b in range(blocks)]
-            _shuffle_row(builder, tables, acts_of, weights_of, run, halves)
+            acts_of, weights_of = _of_row(builder, pixels, blocks, tile, builder.add(first, in_group.index), 32)
+            _shuffle_row(builder, tables, acts_of, weights_of, tile.run, halves)
         for index, slot in enumerate(halves):
-            _add_halves(builder, builder.load(slot), out, I64(16 * index))
+            _add_halves(builder, builder.load(slot), tile.sums, I64(16 * index))
+    with cgutils.for_range(builder, I64(pixels)) as pixel:
+        at_pixel = builder.add(tile.sums, builder.mul(pixel.index, I64(128 * blocks)))
+        sums = [words_at(builder, at_pixel, I64(LANES * i)) for i in range(2 * blocks)]
+        _finish_pixel(builder, tile, pixel.index, sums)
 
 
 def _nibble_tables(builder: Builder) -> Value:
@@ -99,10 +144,6 @@ def _nibble_tables(builder: Builder) -> Value:
     table: Value = cgutils.global_constant(builder, "nibble_tables", constant)  # type: ignore[no-untyped-call]
     table.align = 64
     return builder.ptrtoint(table, I64)
-
-
-def smaller(builder: Builder, a: Value, b: Value) -> Value:
-    return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
 def _shuffle_row(
@@ -140,28 +181,31 @@ def _add_halves(builder: Builder, halves: Value, out: Value, index: Value) -> No
     builder.store(builder.add(builder.load(pointer, align=64), builder.zext(halves, WORDS)), pointer, align=64)
 
 
-def _by_shape(emit: Any, most_pixels: int, most_blocks: int) -> Any:
-    """A function that chooses at run time among the tiles of 1..most_pixels x 1..most_blocks."""
+def _by_shape(emit: Any, pixel_counts: Sequence[int], most_blocks: int) -> Any:
+    """A function that chooses at run time among the tiles of pixel_counts x 1..most_blocks."""
 
     def tile(
-        builder: Any, pixels: Any, blocks: Any, acts: Any, pixel_stride: Any, row_stride: Any, weights: Any,
-        block_stride: Any, rows: Any, run: Any, out: Any,
+        builder: Any, pixels: Any, blocks: Any, acts: Any, pixel_step: Any, row_step: Any, weights: Any, block_step: Any,
+        rows: Any, run: Any, columns: Any, low: Any, high: Any, scale: Any, bias: Any, sums: Any, out: Any, out_step: Any,
     ) -> None:  # fmt: skip
+        work = Tile(
+            acts, pixel_step, row_step, weights, block_step, rows, run, columns, low, high, scale, bias, sums, out, out_step
+        )  # fmt: skip
         done = builder.append_basic_block("done")
         shape = builder.add(builder.mul(pixels, I64(8)), blocks)
         choice = builder.switch(shape, done)
-        for p in range(1, most_pixels + 1):
+        for p in pixel_counts:
             for b in range(1, most_blocks + 1):
                 block = builder.append_basic_block(f"tile_{p}x{b}")
                 choice.add_case(ir.Constant(I64, 8 * p + b), block)
                 builder.position_at_end(block)
-                emit(builder, p, b, (acts, pixel_stride, row_stride, weights, block_stride, rows, run, out))
+                emit(builder, p, b, work)
                 builder.branch(done)
         builder.position_at_end(done)
 
     return emitted(tile)
 
 
-avx512_tile = _by_shape(popcount_tile, 7, 2)
-avx2_tile = _by_shape(shuffle_tile, 4, 2)
-portable_tile = _by_shape(popcount_tile, 4, 1)
+avx512_tile = _by_shape(popcount_tile, (1, 2, 4, 7), 2)
+avx2_tile = _by_shape(shuffle_tile, (1, 2, 4), 2)
+portable_tile = _by_shape(popcount_tile, (1, 2, 4), 1)
