@@ -9,6 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from runner.faults import ConfigError, Exit, Fault, exit_code, nearest
+from runner.parent import end_with_the_launcher
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("runner.verbs:train", "train one configuration (what happens without a verb)"),
@@ -17,7 +18,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
     "report": ("runner.pages.report:report", "the results table of finished runs: report FOLDER … [--format md|csv]"),
     "bench": ("runner.bench:bench", "measure this machine: bench step | conv | model"),
-    "export": ("runner.export:export", "write a trained model for others: export checkpoint=PATH format=packed|onnx|safetensors"),
+    "export": (
+        "runner.export:export",
+        "write a trained model for others: export checkpoint=PATH format=packed|onnx|safetensors",
+    ),
     "predict": ("runner.predict:predict", "classify images: predict FILE IMAGE …"),
     "dashboard": ("runner.verbs:dashboard", "draw the dashboard of run folders again: dashboard FOLDER …"),
 }
@@ -32,6 +36,7 @@ HYDRA = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-he
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     warnings.formatwarning = lambda message, *_, **__: f"runner: warning: {message}\n"
+    end_with_the_launcher()
     code = run(list(sys.argv[1:] if words is None else words))
     try:
         sys.stdout.flush()
@@ -59,7 +64,7 @@ def _dispatch(words: list[str]) -> int:
         from runner.help import print_help
 
         return print_help()
-    if SWEEP & set(words):
+    if _is_sweep(words):
         from runner.sweep import sweep
 
         return sweep(words)
@@ -75,6 +80,11 @@ def _dispatch(words: list[str]) -> int:
     name = words[0] if words and words[0] in VERBS else "train"
     rest = words[1:] if words and words[0] in VERBS else words
     return _load(VERBS[name][0])(rest)
+
+
+def _is_sweep(words: Sequence[str]) -> bool:
+    """Several seeds are several runs, with -m or without."""
+    return bool(SWEEP & set(words)) or (words[:1] != ["search"] and any(word.startswith("seeds=") for word in words))
 
 
 def _load(path: str) -> Callable[[list[str]], int]:
