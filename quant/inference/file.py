@@ -108,11 +108,13 @@ def from_bytes(content: bytes) -> Graph:
 
 
 def _header(content: bytes) -> tuple[dict[str, Any], int]:
-    if content[:2] == b"PK" or content[:1] == b"\x80":
-        raise BadPackedFile("a zip archive or a pickle, not a packed network; such files are not opened")
     length = int.from_bytes(content[:8], "little")
     if len(content) < 10 or content[8:9] != b"{":
-        raise BadPackedFile("not a packed network: it does not begin as a safetensors file does")
+        other = content[:2] == b"PK" or content[:1] == b"\x80"
+        hint = (
+            "a zip archive or a pickle, and such files are not opened" if other else "it does not begin as safetensors"
+        )
+        raise BadPackedFile(f"not a packed network: {hint}")
     if length > LARGEST_HEADER:
         raise BadPackedFile(f"its header claims {length:,} bytes; at most {LARGEST_HEADER:,} are accepted")
     if 8 + length > len(content):
@@ -160,8 +162,11 @@ def _tensors(table: Mapping[str, Any], data: memoryview) -> dict[str, Tensor]:
             raise BadPackedFile(f"tensor {name}: {dtype} {shape} is not accepted; types: {', '.join(DTYPES)}")
         if begin != end or not begin < stop <= len(data) or stop - begin != prod(shape) * DTYPES[dtype].itemsize:
             raise BadPackedFile(f"tensor {name}: bytes {begin} to {stop} do not hold {dtype} {shape}, or leave a gap")
-        array = np.frombuffer(data[begin:stop], ARRAYS[dtype]).astype(ARRAYS[dtype].replace("<", "="))
-        tensors[name], end = torch.from_numpy(array).view(shape), stop
+        tensors[name], end = (
+            torch.empty(shape, dtype=DTYPES[dtype]),
+            stop,
+        )  # torch's memory is aligned, the file's is not
+        tensors[name].numpy()[...] = np.frombuffer(data[begin:stop], ARRAYS[dtype]).reshape(shape)
         if dtype == "F32" and not bool(tensors[name].isfinite().all()):
             raise BadPackedFile(f"tensor {name}: not all of its numbers are finite")
     if end != len(data):

@@ -75,15 +75,21 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
     >>> pack_planes(torch.tensor([1, 5, 2]), 3).tolist()
     [[3], [4], [2]]
     """
-    wide = codes.reshape(-1).to(torch.int32)
-    return torch.stack([pack_bits((wide >> bit & 1).to(torch.bool)) for bit in range(bits)])
+    flat = codes.reshape(-1)
+    if flat.dtype == torch.bool:
+        return pack_bits(flat)[None]
+    flat = flat.to(torch.uint8 if bits <= 8 else torch.int32)
+    return torch.stack([pack_bits((flat >> bit & 1).to(torch.bool)) for bit in range(bits)])
 
 
 def unpack_planes(planes: Tensor, shape: Sequence[int]) -> Tensor:
-    """The codes that `pack_planes` was given, int32 in `shape`."""
-    codes = torch.zeros(tuple(shape), dtype=torch.int32, device=planes.device)
+    """The codes that `pack_planes` was given in `shape`: uint8 up to 8 bits, else int32; bool of a single plane."""
+    if len(planes) == 1:
+        return unpack_bits(planes[0], shape)
+    kind = torch.uint8 if len(planes) <= 8 else torch.int32
+    codes = torch.zeros(tuple(shape), dtype=kind, device=planes.device)
     for bit, plane in enumerate(planes.unbind()):
-        codes += unpack_bits(plane, shape).to(torch.int32) << bit
+        codes |= unpack_bits(plane, shape).to(kind) << bit
     return codes
 
 
@@ -104,8 +110,11 @@ def weight_of(node: Node) -> Tensor:
     if "weight" in node.tensors:
         return node.tensors["weight"]
     planes, shape = node.tensors["codes"], node.attrs["shape"]
-    codes = unpack_planes(planes, shape).to(torch.float32)
-    value = 1 - 2 * codes if len(planes) == 1 else codes
+    if planes.is_meta:
+        return planes.new_empty(shape, dtype=torch.float32)
+    codes = unpack_planes(planes, shape)
+    # A bool becomes a float through int8: whole bytes are many times as fast.
+    value = codes.view(torch.int8).to(torch.float32).mul_(-2).add_(1) if len(planes) == 1 else codes.to(torch.float32)
     for key, combine in (("zero", torch.sub), ("step", torch.mul), ("offset", torch.add)):
         number = node.tensors.get(key)
         if number is not None:

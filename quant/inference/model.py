@@ -46,21 +46,22 @@ class PackedModel:
     the file, and raises BadPackedFile for one that is damaged, of another version, or makes no sense.
     """
 
-    def __init__(self, graph: Graph, *, packed: bool | None = None) -> None:
+    def __init__(self, graph: Graph, *, packed: bool = True) -> None:
         self.graph = graph
         self.preprocessing, self.classes, self.about = graph.preprocessing, graph.classes, graph.about
-        self.why_float = kernels.why_not() if packed is None else (None if packed else "as asked for")
+        binary = any(node.op.startswith("sign_") for node in graph.nodes)
+        self.why_float = "as asked for" if not packed else kernels.why_not() if binary else "no binary layers"
         self.kernel: str = "float" if self.why_float else kernels.available()
         _try_shapes(graph)
         self.ops: Sequence[Op] = _ops(graph, packed=self.why_float is None)
 
     @classmethod
-    def load(cls, path: str | Path, *, packed: bool | None = None) -> Self:
+    def load(cls, path: str | Path, *, packed: bool = True) -> Self:
         """Read a file. `packed` False computes in floats, without the packed kernels."""
         return cls(read(Path(path)), packed=packed)
 
     @classmethod
-    def from_bytes(cls, content: bytes, *, packed: bool | None = None) -> Self:
+    def from_bytes(cls, content: bytes, *, packed: bool = True) -> Self:
         """The content of such a file."""
         return cls(from_bytes(content), packed=packed)
 
@@ -111,7 +112,8 @@ def _try_shapes(graph: Graph) -> None:
         bare = Node(node.op, node.name, node.inputs, node.attrs, {k: t.to(meta) for k, t in node.tensors.items()})
         try:
             with meta:
-                value = OPS[node.op].make(bare, False)(*[values[i] for i in node.inputs])
+                run = OPS[node.op].make(bare, False)
+            value = run(*[values[i] for i in node.inputs])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             raise BadPackedFile(f"{node.name} ({node.op}) makes no sense here: {str(error).splitlines()[0]}") from error
         if value.numel() > MOST_VALUES:

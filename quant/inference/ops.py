@@ -1,8 +1,9 @@
 """What the operations of a packed network mean, and how each is computed. `OPS` names them all.
 
 An operation is made from its node once, when the network is loaded, and is then a function of tensors: images
-(N, C, H, W) in channels_last, or rows (N, C). Values are float32. Only `sign_conv2d` and `sign_linear` may hand each other
-packed bits (int32, as `quant.kernels.pack_activations` makes them), or +1 and -1 where the packed kernels cannot run:
+(N, C, H, W), or rows (N, C), of float32. In a network on packed kernels images are channels_last from the first convolution
+on, else in the format in which they come, so that all is computed as in training. Only `sign_conv2d` and `sign_linear` may
+hand each other packed bits (int32, as `quant.kernels.pack_activations` makes them), or +1 and -1 without these kernels:
 
     sign_conv2d   y = conv2d(s, sign(w)) step + bias,  s = -1 where x < threshold, else +1 (threshold: 0, or one a channel)
                   with next_threshold: y = the signs (-1 below it, else +1) of the sums, one for each output channel
@@ -77,7 +78,7 @@ def _per_channel(vector: Tensor, dims: int) -> Tensor:
 
 
 @operation("conv2d", attrs=CODED | GEOMETRY | {"dilation": a.pair(1), "groups": a.whole(1)}, tensors=WEIGHT)
-def conv2d(node: Node, _: bool) -> Run:
+def conv2d(node: Node, packed: bool) -> Run:
     weight, bias, at = weight_of(node), node.tensors.get("bias"), node.attrs
     stride, padding, dilation = (
         [*at.get(k, d)] for k, d in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))
@@ -86,9 +87,7 @@ def conv2d(node: Node, _: bool) -> Run:
 
     def run(x: Tensor) -> Tensor:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return y.contiguous(
-            memory_format=CHANNELS_LAST
-        )  # images come as they are: their convolution is that of training
+        return y.contiguous(memory_format=CHANNELS_LAST) if packed else y
 
     return run
 
@@ -269,6 +268,7 @@ def leaky_relu(node: Node, _: bool) -> Run:
     return lambda x: F.leaky_relu(x, slope)
 
 
+_plain("sign", lambda x: _signs(x, None))
 _plain("relu", torch.relu, torch.relu_)
 _plain("sigmoid", torch.sigmoid, torch.sigmoid_)
 _plain("tanh", torch.tanh, torch.tanh_)
@@ -322,13 +322,13 @@ def adaptive_avg_pool2d(node: Node, _: bool) -> Run:
 
 
 @operation("pad_shortcut", attrs={"stride": a.whole(1), "extra": a.whole(0)})
-def pad_shortcut(node: Node, _: bool) -> Run:
+def pad_shortcut(node: Node, packed: bool) -> Run:
     """Every `stride`-th pixel, and `extra` channels of zeros (arXiv 1512.03385, option A)."""
     stride, extra = node.attrs["stride"], node.attrs["extra"]
 
     def run(x: Tensor) -> Tensor:
         y = F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, extra))
-        return y.contiguous(memory_format=CHANNELS_LAST)
+        return y.contiguous(memory_format=CHANNELS_LAST) if packed else y
 
     return run
 
