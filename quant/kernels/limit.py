@@ -17,11 +17,11 @@ from numba.core import cgutils
 
 from quant.kernels.intrinsics import (
     BYTES,
+    FLOATS,
     LANES,
     WORDS,
     Builder,
     Value,
-    add_to,
     call,
     emitted,
     popcount,
@@ -34,7 +34,9 @@ from quant.kernels.machine import Processor, compiled, processor, processors, ru
 from quant.kernels.packing import pack_activations
 from quant.kernels.weights import pack_weight
 
+SHUFFLE = "llvm.x86.avx2.pshuf.b"
 CHAINS = 16  # independent sums, more than the latency of an addition needs
+WEIGHTS = 4  # vectors that take turns
 STEPS = 60_000  # about 0.2 ms, so that the call itself does not count
 
 
@@ -48,28 +50,38 @@ class LimitJob(NamedTuple):
 JOB = np.dtype([(name, np.int64) for name in LimitJob._fields])
 
 
-def _loop(builder: Builder, address: Value, steps: Value, vector: Any, product: Callable[..., Value]) -> None:
-    """CHAINS times sum += product(sum, weight), over and over; the sums end in memory, so that LLVM keeps them."""
+def _loop(builder: Builder, address: Value, steps: Value, vector: Any, step: Callable[..., Value]) -> None:
+    """CHAINS times sum = step(sum, weight), over and over; the sums end in memory, so that LLVM keeps them."""
     sums = zeroed(builder, vector, CHAINS)
-    weights = [vector_at(builder, address, steps.type(i), vector) for i in range(4)]
+    weights = [vector_at(builder, address, steps.type(i), vector) for i in range(WEIGHTS)]
     with cgutils.for_range(builder, steps):
         for i, slot in enumerate(sums):
-            add_to(builder, slot, product(builder, builder.load(slot), weights[i % 4]))
+            builder.store(step(builder.load(slot), weights[i % WEIGHTS]), slot)
     for i, slot in enumerate(sums):
-        pointer = builder.gep(builder.inttoptr(address, vector.as_pointer()), [steps.type(i)])
+        pointer = builder.gep(builder.inttoptr(address, vector.as_pointer()), [steps.type(WEIGHTS + i)])
         builder.store(builder.load(slot), pointer, align=4)
 
 
 @emitted
 def popcount_loop(builder: Builder, address: Value, steps: Value) -> None:
     """xor, popcount, add: 512 products of signs."""
-    _loop(builder, address, steps, WORDS, lambda builder, a, w: popcount(builder, builder.xor(a, w)))
+    _loop(builder, address, steps, WORDS, lambda s, w: builder.add(s, popcount(builder, builder.xor(s, w))))
 
 
 @emitted
 def shuffle_loop(builder: Builder, address: Value, steps: Value) -> None:
     """table look-up, add: 128 products of signs."""
-    _loop(builder, address, steps, BYTES, lambda builder, a, w: call(builder, "llvm.x86.avx2.pshuf.b", BYTES, w, a))
+    _loop(builder, address, steps, BYTES, lambda s, w: builder.add(s, call(builder, SHUFFLE, BYTES, w, s)))
+
+
+@emitted
+def float_loop(builder: Builder, address: Value, steps: Value) -> None:
+    """multiply and add, fused: 16 products of float32."""
+
+    def fused(sums: Value, weight: Value) -> Value:
+        return call(builder, "llvm.fma.v16f32", FLOATS, weight, weight, sums)
+
+    _loop(builder, address, steps, FLOATS, fused)
 
 
 def popcount_limit(jobs: Any) -> None:
@@ -82,22 +94,36 @@ def shuffle_limit(jobs: Any) -> None:
     shuffle_loop(job.weights, job.steps)
 
 
+def float_limit(jobs: Any) -> None:
+    job = record_at(jobs)
+    float_loop(job.weights, job.steps)
+
+
 @functools.cache
-def _entry(path: Processor) -> int:
-    return compiled(shuffle_limit if path == "avx2" else popcount_limit, JOB)
+def _entry(function: Callable[[Any], None]) -> int:
+    return compiled(function, JOB)
 
 
 def limit_loop(path: Processor | None = None) -> tuple[Callable[[], None], int]:
     """A function that runs the loop once on this thread, and how many products of signs (MACs) that is."""
-    path = path or processor()
-    memory = torch.randint(0, 1 << 30, (CHAINS * LANES,), dtype=torch.int32)
+    on_bytes = (path or processor()) == "avx2"
+    return _once(shuffle_limit if on_bytes else popcount_limit), STEPS * CHAINS * (128 if on_bytes else 32 * LANES)
+
+
+def float_limit_loop() -> tuple[Callable[[], None], int]:
+    """The same for products of float32: what no float convolution on this processor can exceed."""
+    return _once(float_limit), STEPS * CHAINS * LANES
+
+
+def _once(function: Callable[[Any], None]) -> Callable[[], None]:
+    memory = torch.randn((WEIGHTS + CHAINS) * LANES)  # as signs, as bytes or as floats: zeros would save power
     plan = np.array(LimitJob(0, 0, memory.data_ptr(), STEPS), np.int64).tobytes()
-    entry = _entry(path)
+    entry = _entry(function)
 
     def once(keep: torch.Tensor = memory) -> None:
         run(entry, plan, (), 1)
 
-    return once, STEPS * CHAINS * (128 if path == "avx2" else 32 * LANES)
+    return once
 
 
 def by_turns(functions: Sequence[Callable[[], object]], rounds: int, turn: float = 2e-3) -> list[list[float]]:
