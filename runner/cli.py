@@ -1,6 +1,7 @@
 """The command line: verbs, help, exit codes. Heavy modules are imported only when there is work for them."""
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from runner.parent import end_with_the_launcher
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("runner.verbs:train", "train one configuration (what happens without a verb)"),
     "evaluate": ("runner.verbs:evaluate", "measure a stored model: evaluate checkpoint=PATH (= mode=evaluate)"),
+    "search": ("runner.search:search", "look for the best settings: search sweep=NAME (needs the extra 'search')"),
     "verify": ("runner.verify:verify", "prove the mathematics of every quantizer, or of quant=NAME"),
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
     "report": ("runner.pages.report:report", "the results table of finished runs: report FOLDER … [--format md|csv]"),
@@ -38,6 +40,8 @@ def main(words: Sequence[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"runner: warning: {message}\n"
     end_with_the_launcher()
     code = run(list(sys.argv[1:] if words is None else words))
+    for number in (signal.SIGINT, signal.SIGTERM):  # what is over is over: a signal from here on changes no code
+        signal.signal(number, signal.SIG_IGN)
     try:
         sys.stdout.flush()
     except OSError:  # its disk is full, say; what is left has nowhere to go, and the code is still the code

@@ -89,6 +89,12 @@ class StorageError(RunnerError):
     code = Exit.IO
 
 
+class LauncherFailed(RunnerError):
+    """Hydra's launcher gave up; what its jobs have done stays done."""
+
+    code = Exit.JOB_FAILED
+
+
 class Preempted(RunnerError):
     """A signal asked the run to stop; it is saved and goes on when it is started again."""
 

@@ -22,7 +22,7 @@ def gpu_slot(words: Sequence[str]) -> Iterator[dict[str, str]]:
     if not devices:
         yield {}
         return
-    handle, device = _take(devices)
+    handle, device = take_slot(devices)
     try:
         yield {"CUDA_VISIBLE_DEVICES": device}
     finally:
@@ -42,15 +42,21 @@ def visible_gpus() -> list[str]:
     return [str(number) for number, line in enumerate(lines) if line.startswith("GPU")]
 
 
-def _take(devices: Sequence[str]) -> tuple[int, str]:
-    """The handle of the lock, and the device; waits until there is one."""
-    while True:
-        for device in devices:
-            path = Path(tempfile.gettempdir()) / f"lowbit-runner-{os.getuid()}-gpu-{device.replace('/', '_')}.lock"
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return handle, device
-            except BlockingIOError:
-                os.close(handle)
+def take_slot(devices: Sequence[str]) -> tuple[int, str]:
+    """The handle that holds a device, and the device; waits until one is free."""
+    while (slot := free_slot(devices)) is None:
         time.sleep(LOOK_EVERY)
+    return slot
+
+
+def free_slot(devices: Sequence[str]) -> tuple[int, str] | None:
+    """A device that nobody works on, and the handle that holds it; None where there is none just now."""
+    for device in devices:
+        path = Path(tempfile.gettempdir()) / f"lowbit-runner-{os.getuid()}-gpu-{device.replace('/', '_')}.lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle, device
+        except BlockingIOError:
+            os.close(handle)
+    return None

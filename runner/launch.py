@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.compose import conf_folder, quoted, search_path
-from runner.faults import ConfigError, Exit, Fault, nearest
+from runner.faults import ConfigError, Exit, Fault, LauncherFailed, nearest
 from runner.files import write_json
 from runner.gpu_slots import gpu_slot
 from runner.parent import VARIABLE
@@ -51,6 +51,9 @@ def launch(jobs: Sequence[Job], hydra_words: Sequence[str], config_dirs: Sequenc
         return [int((table / str(number)).read_text()) for number in range(len(jobs))]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([Fault("hydra", next(iter(str(error).splitlines()), ""))]) from error
+    except Exception as error:  # of Slurm, of Ray, of a worker that was killed: the launcher's own kinds
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LauncherFailed(f"the launcher gave up: {problem}\nrun the same command again to go on") from error
     finally:
         shutil.rmtree(table, ignore_errors=True)
 
