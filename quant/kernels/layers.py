@@ -1,6 +1,7 @@
 """The packed convolution and linear layer as functions of tensors: plan a job, give it to the threads."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant.kernels.conv import ENTRIES, JOB, SHAPES, ConvJob
-from quant.kernels.machine import Processor, compiled, run, threads_for
+from quant.kernels.machine import Processor, compiled, repeatable, run, threads_for
 from quant.kernels.packing import dense_bits, is_channels_last, memory_format, pack_activations
 from quant.kernels.weights import PackedWeight
 
@@ -110,6 +111,39 @@ def conv2d_of_packed(
     out: Tensor | None = None,
 ) -> Tensor:
     """The same for activations that `pack_activations` has packed."""
+    entry, plan, now, threads, tensors = _job(acts, weight, scale, bias, stride, channels_last, out)
+    run(entry, plan, now, threads)
+    return tensors[-1]
+
+
+def prepared(
+    acts: Tensor,
+    weight: PackedWeight,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+) -> tuple[Callable[[], None], Tensor]:
+    """The same as a function, and the tensor that it writes whenever it is called: the kernel without its caller."""
+    entry, plan, now, threads, tensors = _job(acts, weight, scale, bias, stride)
+    job = repeatable(entry, plan, now, threads)
+
+    def once(keep: tuple[Tensor, ...] = tensors) -> None:
+        job()
+
+    return once, tensors[-1]
+
+
+def _job(
+    acts: Tensor,
+    weight: PackedWeight,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    channels_last: bool | None = None,
+    out: Tensor | None = None,
+) -> tuple[int, bytes, list[int], int, tuple[Tensor, ...]]:
+    """What `machine.run` is to be given, and the tensors that have to stay until then; the last one is the output."""
     if acts.dtype != torch.int32 or acts.ndim != 4 or acts.shape[1] != -(-weight.in_channels // 32):
         raise ValueError(
             f"the weight takes {weight.in_channels} packed channels; given {acts.dtype} {tuple(acts.shape)}, "
@@ -129,8 +163,8 @@ def conv2d_of_packed(
     scratch = torch.empty(threads * scratch_size, dtype=torch.uint8)
     scales, biases = _per_channel(scale, weight.ones), _per_channel(bias, weight.zeros)
     tensors = (scratch, acts, weight.words, weight.base, scales, biases, columns, out)
-    run(_entry(weight.processor), plan, (0, 0, *[tensor.data_ptr() for tensor in tensors], last), threads)
-    return out
+    now = [0, 0, *[tensor.data_ptr() for tensor in tensors], int(last)]
+    return _entry(weight.processor), plan, now, threads, tensors
 
 
 def _format_of(out: Tensor, shape: tuple[int, int, int, int]) -> bool:

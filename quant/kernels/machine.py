@@ -132,9 +132,29 @@ def run(entry: Address, plan: bytes, now: Sequence[int], threads: int) -> None:
 
     Two zeros lead them: counters in the threads' common record, from which they draw scratch memory and tasks.
     """
+    record = _record(plan, now)
+    _start(entry, ctypes.addressof(record), threads)
+
+
+def repeatable(entry: Address, plan: bytes, now: Sequence[int], threads: int) -> Callable[[], None]:
+    """The same job as a function, to be run again and again while the memory stays where it is."""
+    record = _record(plan, now)
+
+    def once() -> None:
+        record[0] = record[1] = 0
+        _start(entry, ctypes.addressof(record), threads)
+
+    return once
+
+
+def _record(plan: bytes, now: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
     record = (ctypes.c_int64 * (len(plan) // 8)).from_buffer_copy(plan)
     record[: len(now)] = [*now]
+    return record
+
+
+def _start(entry: Address, record: Address, threads: int) -> None:
     if threads == 1:
-        _alone(entry)(ctypes.addressof(record))
+        _alone(entry)(record)
     else:
-        _team()(entry, ctypes.addressof(record), threads, 0)
+        _team()(entry, record, threads, 0)
