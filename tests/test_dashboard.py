@@ -15,8 +15,9 @@ from run_samples import LENET, make_run
 
 from runner.faults import StorageError
 from runner.pages.curves import short_labels
-from runner.pages.dashboard import flatten, write_dashboard, write_timeline
+from runner.pages.dashboard import write_dashboard, write_timeline
 from runner.pages.page import amount, duration, embedded_json, size, write_page
+from runner.pages.settings import flatten
 
 HOSTILE = (
     '</script><img src=//x.example/i onerror="window.hit=1"><script>window.hit=1</script>\'"&{{7*7}}$$x^2$$\u2028=1'
@@ -297,7 +298,7 @@ def test_in_a_browser_the_controls_do_what_they_say(browser: Browser, whole: Pat
     browser.ask("document.querySelector('[data-series=\"loss:train_loss\"]').click()")
     assert set(browser.ask(MUTED)) == {True}
     browser.ask(
-        "document.querySelector('select').selectedIndex = 1; document.querySelector('select').dispatchEvent(new Event('change'))"
+        "document.querySelector('select').selectedIndex = 1; document.querySelector('select').dispatchEvent(new Event('change', {bubbles: true}))"
     )
     assert browser.ask("[...document.querySelectorAll('.heat figure')].map(f => f.hidden)") == [True, False, True, True]
     column = "[...document.querySelectorAll('table')].find(t => t.caption.textContent.includes('layers;'))"

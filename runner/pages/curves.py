@@ -248,17 +248,21 @@ def _controls(axes: dict[str, Any]) -> str:
         f'<label><input type="radio" name="axis" value="{name}"{" checked" if index == 0 else ""}>{names[name]}</label>'
         for index, name in enumerate(axes)
     )
+    return (
+        f'<div class="controls"><fieldset><legend>Horizontal axis</legend>{choices}</fieldset>{zoom_buttons()}'
+        f'<span class="small quiet mouse">Drag across a chart to zoom, double-click to see everything.</span></div>'
+    )
+
+
+def zoom_buttons() -> str:
+    """Buttons that move the x axis of all charts, for those who do not drag."""
     moves = (("closer", "+"), ("wider", "−"), ("earlier", "‹"), ("later", "›"), ("reset", "Reset"))  # noqa: RUF001
     labels = {"closer": "Zoom in", "wider": "Zoom out", "earlier": "Move earlier", "later": "Move later"}
     buttons = "".join(
         f'<button type="button" data-move="{move}" aria-label="{labels.get(move, "Show everything")}">{sign}</button>'
         for move, sign in moves
     )
-    return (
-        f'<div class="controls"><fieldset><legend>Horizontal axis</legend>{choices}</fieldset>'
-        f'<div class="buttons" role="group" aria-label="Zoom all charts">{buttons}</div>'
-        f'<span class="small quiet mouse">Drag across a chart to zoom, double-click to see everything.</span></div>'
-    )
+    return f'<div class="buttons" role="group" aria-label="Zoom all charts">{buttons}</div>'
 
 
 def short_labels(names: Sequence[str], longest: int = 18) -> dict[str, str]:

@@ -13,9 +13,9 @@ from runner.pages.curves import curve_section, health_section, timeline_section
 from runner.pages.headlines import headlines
 from runner.pages.page import NOTHING, Column, number, page, plain, table, text, write_page
 from runner.pages.records import Run, read_run
+from runner.pages.settings import flatten, shown
 
 MOST_TABLE_ROWS = 500
-MOST_CONFIG_KEYS = 2_000
 STATES = {"done": "✓", "running": "…", "preempted": "‖", "failed": "✕", "diverged": "✕"}
 
 METRIC_COLUMNS = (
@@ -159,7 +159,7 @@ def _settings(run: Run, defaults: dict[str, object] | None) -> str:
     facts |= {key: run.summary[key] for key in ("config_hash",) if key in run.summary}
     facts |= {key: run.status[key] for key in ("host", "pid") if key in run.status}
     pairs = (Column("key", "key", numeric=False), Column("value", "value", numeric=False, wide=True))
-    rows: list[dict[str, object]] = [{"key": key, "value": _shown(value)} for key, value in facts.items()]
+    rows: list[dict[str, object]] = [{"key": key, "value": shown(value)} for key, value in facts.items()]
     surroundings = table(pairs, rows, "What the numbers were measured on") if rows else "<p>Not recorded.</p>"
     return (
         f'{_command(run)}<div class="columns"><section><h2>Config</h2>{_config(run, defaults)}</section>'
@@ -185,37 +185,18 @@ def _config(run: Run, defaults: dict[str, object] | None) -> str:
         Column("value", "value", numeric=False, wide=True),
         Column("default", "default", numeric=False, wide=True),
     )
-    rows: list[dict[str, object]] = [{"key": key, "value": _shown(value)} for key, value in config.items()]
+    rows: list[dict[str, object]] = [{"key": key, "value": shown(value)} for key, value in config.items()]
     everything = table(columns[:2], rows, f"All {len(rows)} keys, as in config.yaml", tall=True)
     if defaults is None:
         return everything if rows else "<p>Not recorded.</p>"
     usual = flatten(defaults)
     changed: list[dict[str, object]] = [
-        {"key": key, "value": _shown(value), "default": _shown(usual[key]) if key in usual else NOTHING}
+        {"key": key, "value": shown(value), "default": shown(usual[key]) if key in usual else NOTHING}
         for key, value in config.items()
         if key not in usual or usual[key] != value
     ]
     differences = table(columns, changed, f"{len(changed)} of {len(rows)} keys differ from the defaults")
     return f"{differences}<details><summary>All keys</summary>{everything}</details>"
-
-
-def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """A nested mapping as dotted keys, at most a page full of them.
-
-    >>> flatten({"regime": {"phases": [{"epoch": 0, "lr": 0.1}]}, "seed": 1})
-    {'regime.phases.0.epoch': 0, 'regime.phases.0.lr': 0.1, 'seed': 1}
-    """
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if len(flat) >= MOST_CONFIG_KEYS:
-            break
-        if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-            value = {str(index): item for index, item in enumerate(value)}
-        if isinstance(value, dict) and value:
-            flat |= flatten({str(name): item for name, item in value.items()}, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _saved_defaults(folder: Path) -> dict[str, object] | None:
@@ -224,11 +205,6 @@ def _saved_defaults(folder: Path) -> dict[str, object] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _shown(value: object) -> str:
-    """A config value as it stands in YAML."""
-    return value if isinstance(value, str) and value else json.dumps(value, default=str)
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, object]]:

@@ -83,7 +83,7 @@ class Sheet:
     """All figures of one page, in one document, so that their x axes and crosshairs move together."""
 
     axes: dict[str, Axis]
-    phases: pd.DataFrame
+    phases: pd.DataFrame = field(default_factory=pd.DataFrame)
     document: Document = field(default_factory=Document)
     hosts: list[str] = field(default_factory=list)
 
@@ -95,7 +95,7 @@ class Sheet:
     def curves(self, panel: Panel, source: ColumnDataSource, summary: str, best: ColumnDataSource | None = None) -> str:
         """Add one chart; returns its HTML. `best` holds the point to ring."""
         logarithmic = panel.key == "lr" and _spans_decades(source.data[panel.series[0].column])
-        plot = self._plot(DataRange1d(start=0) if panel.from_zero and not logarithmic else DataRange1d(), logarithmic)
+        plot = self.plot(DataRange1d(start=0) if panel.from_zero and not logarithmic else DataRange1d(), logarithmic)
         self._mark_phases(plot, panel.phase_names)
         names = [f"{panel.key}:{series.column}" for series in panel.series]
         for index, (series, name) in enumerate(zip(panel.series, names, strict=True)):
@@ -108,13 +108,13 @@ class Sheet:
             ring.tags = ["single", f"{panel.key}:best"]
             keys.append(_key(Series("best", "best", "single"), f"{panel.key}:best", ring=True))
         title = f"{panel.title}, logarithmic" if logarithmic else panel.title
-        return self._host(plot, panel.key, title, panel.size, summary, keys if len(keys) > 1 else [])
+        return self.host(plot, panel.key, title, panel.size, summary, keys if len(keys) > 1 else [])
 
     def heat_map(
         self, key: str, title: str, column: str, source: ColumnDataSource, layers: Sequence[str], hidden: bool
     ) -> str:
         """Add a map of layer x time whose colour is `column`; returns its HTML."""
-        plot = self._plot(FactorRange(factors=list(reversed(layers)), range_padding=0), logarithmic=False)
+        plot = self.plot(FactorRange(factors=list(reversed(layers)), range_padding=0), logarithmic=False)
         mapper, landmarks = _colours(source.data[column])
         cells = plot.hbar(
             y="row", left="left", right="right", height=1, source=source, line_width=1,
@@ -131,17 +131,19 @@ class Sheet:
         plot.ygrid.visible = False
         summary = f"Heat map of {len(layers)} layers over time: {title}. The last epoch is in the table below."
         height = 110 + 20 * len(layers)
-        return self._host(plot, key, title, "heat-map", summary, [], hidden=hidden, height=height)
+        return self.host(plot, key, title, "heat-map", summary, [], hidden=hidden, height=height)
 
-    def embed(self) -> str:
-        """The document and what page.js needs to know, ready to stand inside a script element."""
-        axes = {name: {"label": axis.label, "end": [0, axis.end * 1.03 or 1]} for name, axis in self.axes.items()}
+    def embed(self, **facts: object) -> str:
+        """The document and what the page's scripts need to know, ready to stand inside a script element."""
         document = serialize_json(self.document.to_json(deferred=False))
-        return embedded_json(
-            f'{{"axes": {json.dumps(axes)}, "hosts": {json.dumps(self.hosts)}, "document": {document}}}'
-        )
+        return embedded_json(f'{{{json.dumps(self.facts() | facts)[1:-1]}, "document": {document}}}')
 
-    def _plot(self, y_range: DataRange1d | FactorRange, logarithmic: bool) -> figure:
+    def facts(self) -> dict[str, object]:
+        """The choices of the x axis, and where the figures go."""
+        axes = {name: {"label": axis.label, "end": [0, axis.end * 1.03 or 1]} for name, axis in self.axes.items()}
+        return {"axes": axes, "hosts": self.hosts}
+
+    def plot(self, y_range: DataRange1d | FactorRange, logarithmic: bool) -> figure:
         plot = figure(
             x_range=self.x_range, y_range=y_range, y_axis_type="log" if logarithmic else "auto",
             sizing_mode="stretch_both", toolbar_location=None, tools="", window_axis="x", min_border_right=14,
@@ -157,7 +159,7 @@ class Sheet:
             plot.yaxis.ticker = BasicTicker(desired_num_ticks=5)
             plot.yaxis.formatter = NumeralTickFormatter(format="0.[0000000]a")
         plot.xgrid.visible = False
-        _typography(plot)
+        set_type(plot)
         return plot
 
     def _mark_phases(self, plot: figure, names: Literal["above", "below"] | None) -> None:
@@ -177,7 +179,7 @@ class Sheet:
             )  # fmt: skip
             label.tags = ["quiet"]
 
-    def _host(
+    def host(
         self, plot: figure, key: str, title: str, size: str, summary: str, keys: list[str],
         *, hidden: bool = False, height: int | None = None,
     ) -> str:  # fmt: skip
@@ -207,7 +209,8 @@ def source_of(table: pd.DataFrame) -> ColumnDataSource:
     return ColumnDataSource(_columns(table))
 
 
-def _typography(plot: figure) -> None:
+def set_type(plot: figure) -> None:
+    """Letters and lines as everywhere."""
     for axis in [*plot.xaxis, *plot.yaxis]:
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size = axis.major_label_text_font_size = "12px"

@@ -1,10 +1,11 @@
 "use strict";
 // Brings a page to life: draws its Bokeh figures in the colours of page.css and answers its controls.
 // Nothing here builds HTML from strings, and no value of a run is ever evaluated.
-(() => {
+const Page = (() => {
   const page = JSON.parse(document.getElementById("figures").textContent);
-  const figures = Bokeh.require("document/index").Document.from_json(page.document);
+  let figures;  // the Bokeh document
   const models = (type) => [...figures.all_models].filter((model) => model.type === type);
+  const named = (name) => figures.get_model_by_name(name);
   const all = (selector) => [...document.querySelectorAll(selector)];
 
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -17,12 +18,12 @@
     return `@page { size: ${width}px ${Math.round(width * 1.414)}px; margin: 48px; }`;
   }
 
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
   // Bokeh draws on a canvas, so the colours of the style sheet have to be copied into its models.
   function paint() {
     if (matchMedia("print").matches) return;
     document.documentElement.dataset.painted = dark.matches ? "dark" : "light";
-    const css = getComputedStyle(document.documentElement);
-    const colour = (name) => css.getPropertyValue(`--${name}`).trim();
     for (const axis of [...models("LinearAxis"), ...models("LogAxis"), ...models("CategoricalAxis")]) {
       axis.setv({axis_label_text_color: colour("quiet"), major_label_text_color: colour("quiet"),
         axis_line_color: colour("rule"), major_tick_line_color: colour("rule")});
@@ -38,6 +39,7 @@
         }
       }
     }
+    for (const also of Page.painted) also();
   }
 
   // The columns x, left and right hold the position on the chosen axis; x_step, left_step ... all positions.
@@ -54,8 +56,15 @@
     for (const ticker of models("BasicTicker")) {
       if (ticker.name === "x") ticker.min_interval = name === "time" ? 0 : 1;
     }
-    show(...end);
-    Object.assign(page, {start: end[0], end: end[1]});
+    reach(...end);
+  }
+
+  // What there is to see reaches from start to end; a part that somebody has zoomed to stays, unless all of it is to be shown.
+  function reach(start, end, keep = false) {
+    const range = models("Range1d").find((candidate) => candidate.name === "x");
+    const whole = !range || page.start == null || range.start === page.start && range.end === page.end;
+    Object.assign(page, {start, end});
+    if (whole || !keep) show(start, end);
   }
 
   function show(start, end) {
@@ -112,27 +121,48 @@
     }
   }
 
+  const answers = {
+    "[data-move]": (button) => move(button.dataset.move),
+    "[data-series]": mute,
+    "th button": sort,
+    "[data-copy]": copy,
+  };
+
+  // Parts of a page may be replaced while it is followed: the page listens, not the part.
   function listen() {
-    for (const input of all("input[name=axis]")) input.addEventListener("change", () => chooseAxis(input.value));
-    for (const button of all("[data-move]")) button.addEventListener("click", () => move(button.dataset.move));
-    for (const button of all("[data-series]")) button.addEventListener("click", () => mute(button));
-    for (const button of all("th button")) button.addEventListener("click", () => sort(button));
-    for (const button of all("[data-copy]")) button.addEventListener("click", () => copy(button));
-    for (const select of all("select[data-figures]")) select.addEventListener("change", () => chooseFigure(select));
+    document.addEventListener("click", ({target}) => {
+      for (const [selector, answer] of Object.entries(answers)) {
+        const found = target.closest(selector);
+        if (found) answer(found);
+      }
+    });
+    document.addEventListener("change", ({target}) => {
+      if (target.matches("input[name=axis]")) chooseAxis(target.value);
+      if (target.matches("select[data-figures]")) chooseFigure(target);
+    });
     for (const plot of all(".plot")) plot.addEventListener("dblclick", () => move("reset"));
     dark.addEventListener("change", paint);
     addEventListener("beforeprint", () => paper.replaceSync(pageAsWideAsTheScreen()));
   }
 
   async function start() {
+    figures = await Page.document();
     // A finger that drags over a chart wants to scroll the page; the buttons zoom.
     if (matchMedia("(pointer: coarse)").matches) for (const bar of models("Toolbar")) bar.active_drag = null;
     const chosen = document.querySelector("input[name=axis]:checked");
-    if (chosen) chooseAxis(chosen.value);
+    if (chosen && page.axes[chosen.value]) chooseAxis(chosen.value);
+    for (const begin of Page.begin) begin();
     paint();
     listen();
     await Bokeh.embed.add_document_standalone(figures, document.body, page.hosts.map((id) => document.getElementById(id)));
     document.documentElement.dataset.ready = String(Math.round(performance.now()));
   }
-  start();
+  addEventListener("DOMContentLoaded", start);
+
+  return {
+    begin: [],  // what else to do once the document is there
+    painted: [],  // what else to do when colours change
+    document: async () => Bokeh.require("document/index").Document.from_json(page.document),
+    answers, page, models, named, colour, all, reach, chooseAxis, move,
+  };
 })();

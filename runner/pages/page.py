@@ -1,7 +1,7 @@
 """The shell of every page the runner writes: one self-contained HTML file that works without a network.
 
 Whatever comes from a run (names, labels, config values) is data and passes through `text`. Behind that stands
-a content security policy: a page may run the three scripts it was written with, known by their hashes, and
+a content security policy: a page may run the scripts it was written with, known by their hashes, and
 may fetch nothing, so that a string that slipped through could neither run nor call home.
 """
 
@@ -149,15 +149,19 @@ def embedded_json(value: object) -> str:
     return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def page(title: str, body: str, figures: str) -> str:
-    """The whole file: style, body, Bokeh, the figures as JSON (from `embedded_json`), and the page's script."""
+def page(title: str, body: str, figures: str, scripts: Sequence[str] = ("page.js",), connect: str = "") -> str:
+    """The whole file: style, body, Bokeh, the figures as JSON (from `embedded_json`), and the page's scripts.
+
+    `connect`: where the scripts of a live page may connect to; a file connects to nothing.
+    """
     from bokeh.resources import Resources
 
     library = "\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)
-    script = (files("runner.pages") / "page.js").read_text(encoding="utf-8")
-    style = (files("runner.pages") / "page.css").read_text(encoding="utf-8")
-    allowed = " ".join(f"'sha256-{_digest(source)}'" for source in (library, script))
+    sources = [library, *(_own(name) for name in scripts)]
+    allowed = " ".join(f"'sha256-{_digest(source)}'" for source in sources)
     policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    policy += f"; connect-src {connect}" if connect else ""
+    run = "\n".join(f"<script>{source}</script>" for source in sources)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -168,17 +172,20 @@ def page(title: str, body: str, figures: str) -> str:
 <title>{text(title)}</title>
 <link rel="icon" href="data:,">
 <style>
-{style}</style>
+{_own("page.css")}</style>
 </head>
 <body>
 {body}
 <noscript><p class="notice">The curves need JavaScript; every number of them is in the tables.</p></noscript>
 <script type="application/json" id="figures">{figures}</script>
-<script>{library}</script>
-<script>{script}</script>
+{run}
 </body>
 </html>
 """
+
+
+def _own(name: str) -> str:
+    return (files("runner.pages") / name).read_text(encoding="utf-8")
 
 
 def _digest(source: str) -> str:

@@ -30,6 +30,7 @@ DEEPEST_YAML = 50
 OPENING = (
     yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
 )  # fmt: skip
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast, where libyaml is
 CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
@@ -151,13 +152,13 @@ def _load_yaml(content: str) -> object:
     """YAML without what a config never has and a reader pays dearly for: aliases (a few lines of them can
     expand to more than the memory holds) and nesting without end."""
     depth = 0
-    for token in yaml.scan(content):
+    for token in yaml.scan(content, LOADER):
         if isinstance(token, yaml.AliasToken):
             raise ValueError("aliases are not accepted")
         depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
         if depth > DEEPEST_YAML:
             raise ValueError(f"nested deeper than {DEEPEST_YAML} levels")
-    return yaml.safe_load(content)
+    return yaml.load(content, LOADER)
 
 
 def _first_line(error: BaseException) -> str:

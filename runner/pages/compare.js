@@ -1,0 +1,330 @@
+"use strict";
+// The comparison: answers the filters and choices of the page, fills its charts and tables from the rows of the runs.
+// Texts of runs only ever become text nodes and option values.
+(() => {
+  const GOALS = {test: "test top-1 (%)", best: "best validation top-1 (%)", last: "last validation top-1 (%)"};
+  const METRICS = {val_top1: "Validation top-1 (%)", train_top1: "Train top-1 (%)", val_loss: "Validation loss",
+    train_loss: "Train loss", lr: "Learning rate"};
+  const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3], [14, 4], [4, 2, 1, 2, 1, 2]];
+  const SHAPES = ["circle", "square", "triangle", "diamond", "inverted_triangle", "plus"];
+  const COLOURS = 8, MOST_KEYS = 40, ROWS = 100, MARKS = 8;
+  const {valueOf, unique, known, inOrder} = Comparison;
+  const find = (id) => document.getElementById(id);
+  const filters = [];  // [key, value]
+  const muted = new Set();
+  const first = {results: 0, settings: 0};
+  const order = {results: {column: 3, upwards: false}, settings: {column: 0, upwards: true}};
+  let runs = [], base = {}, keys = [], groups = [], styles = new Map();
+
+  function element(tag, attributes = {}, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (value !== null && value !== false) made.setAttribute(name, value === true ? "" : value);
+    }
+    made.append(...children.map((child) => child instanceof Node ? child : String(child)));
+    return made;
+  }
+
+  function drawing(tag, attributes) {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  }
+
+  const plain = (value) => {
+    if (value === null || value === undefined) return "—";
+    const size = Math.abs(value);
+    if (Number.isInteger(value) && size < 1e4) return String(value);
+    for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
+      if (size >= unit) return `${(value / (letter === "k" ? 1e3 : unit)).toPrecision(3)} ${letter}`;
+    }
+    return String(Number(value.toPrecision(4)));
+  };
+  const bytes = (value) => {
+    if (value === null) return "—";
+    const power = value >= 1 ? Math.min(Math.floor(Math.log2(value) / 10), 4) : 0;
+    return `${Number((value / 1024 ** power).toPrecision(3))} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
+  };
+  const ofCost = (key, value) => /bytes|memory/.test(key) ? bytes(value) : plain(value);
+  const spread = ({n, mean, sd}, all) => mean === null ? "—"
+    : `${mean.toFixed(2)}${sd === null ? "" : ` ± ${sd.toFixed(2)}`}${n < all ? ` (${n} of ${all})` : ""}`;
+
+  // A choice keeps its value when what there is to choose from changes.
+  function choices(select, entries, usual) {
+    const before = select.value || usual;
+    select.replaceChildren(...entries.map(([value, label]) => element("option", {value}, label)));
+    select.value = entries.some(([value]) => value === before) ? before : usual;
+  }
+
+  function read() {
+    runs = [...Page.named("runs").data.run].map((row) => JSON.parse(row));
+    base = Page.page.base;
+    keys = Comparison.differingKeys(runs, base);
+    const byKey = keys.map((key) => [key, key]);
+    choices(find("filter-key"), [["state", "state"], ...byKey], keys[0] ?? "state");
+    choices(find("colour-key"), [["", "configuration"], ...byKey], "");
+    choices(find("dash-key"), [["", "as colour"], ...byKey], "");
+    const goals = Object.keys(GOALS).filter((goal) => runs.some((run) => run.reached[goal] !== null));
+    choices(find("goal"), goals.map((goal) => [goal, GOALS[goal]]), goals[0] ?? "best");
+    offerValues();
+    broken();
+  }
+
+  function offerValues() {
+    const key = find("filter-key").value;
+    const values = unique(runs.map((run) => valueOf(run, key, base))).sort(inOrder);
+    const count = (value) => runs.filter((run) => valueOf(run, key, base) === value).length;
+    choices(find("filter-value"), [["", "choose a value"],
+      ...values.map((value) => [JSON.stringify(value), `${value ?? "— (no such key)"} (${count(value)})`])], "");
+  }
+
+  function broken() {
+    const lost = runs.filter((run) => run.state === "broken");
+    find("broken").hidden = !lost.length;
+    find("broken-count").textContent = `${lost.length} folder${lost.length === 1 ? "" : "s"} could not be read as runs`;
+    find("broken-list").replaceChildren(...lost.slice(0, 200).map((run) =>
+      element("li", {}, element("a", {href: run.link}, run.name), `: ${run.problems.join("; ")}`)));
+  }
+
+  // Values of one key are alternatives, keys have to be met all.
+  function chosenRuns() {
+    const wanted = new Map();
+    for (const [key, value] of filters) wanted.set(key, [...wanted.get(key) ?? [], value]);
+    const words = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    return runs.filter((run) => run.state !== "broken"
+      && [...wanted].every(([key, values]) => values.includes(valueOf(run, key, base)))
+      && words.every((word) => run.name.toLowerCase().includes(word)));
+  }
+
+  function refresh() {
+    const chosen = chosenRuns();
+    groups = Comparison.grouped(chosen, keys, base).map(Comparison.withFigures);
+    const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
+    find("count").textContent = `${count(chosen.length, "run")} of ${runs.length.toLocaleString("en")}, `
+      + `${count(groups.length, "configuration")}; mean ± standard deviation over seeds`;
+    find("chips").replaceChildren(...filters.map(([key, value], index) => element("button",
+      {type: "button", "data-unfilter": index, "aria-label": `Remove the filter ${key} = ${value}`}, `${key} = ${value ?? "—"} ✕`)));
+    chooseStyles();
+    draw();
+    results();
+    settings();
+  }
+
+  function chooseStyles() {
+    const [byColour, byDash] = [find("colour-key").value, find("dash-key").value];
+    const of = (key, group) => key === "" ? group.label : key === "seed" ? group.runs.map((run) => run.seed).join(", ")
+      : String(group.values[key] ?? "—");
+    const colours = unique(groups.map((group) => of(byColour, group))).sort(inOrder);
+    const dashes = byDash ? unique(groups.map((group) => of(byDash, group))).sort(inOrder) : [];
+    styles = new Map(groups.map((group) => {
+      const [category, dashed] = [of(byColour, group), byDash ? of(byDash, group) : null];
+      const index = colours.indexOf(category);
+      const second = byDash ? dashes.indexOf(dashed) : index + Math.floor(index / COLOURS);
+      return [group.id, {category, dashed, colour: index % COLOURS + 1, dash: second % DASHES.length}];
+    }));
+    legend("colour", colours, (style) => style.category);
+    legend("dash", dashes, (style) => style.dashed);
+  }
+
+  function legend(kind, categories, ofStyle) {
+    const entries = categories.slice(0, MOST_KEYS).map((category) => {
+      const style = [...styles.values()].find((candidate) => ofStyle(candidate) === category);
+      const name = `${kind}:${category}`;
+      return element("button", {type: "button", "aria-pressed": String(!muted.has(name)), "data-category": name},
+        sample(kind, style), category);
+    });
+    const rest = categories.length - MOST_KEYS;
+    find(`legend-${kind}`).replaceChildren(...entries, ...rest > 0 ? [element("span", {class: "small quiet"}, `and ${rest} more, in the table`)] : []);
+  }
+
+  function sample(kind, {colour, dash}) {
+    const ink = kind === "colour" ? `var(--s${colour})` : "var(--single)";
+    const image = drawing("svg", {viewBox: "0 0 36 12", "aria-hidden": "true", stroke: ink, fill: ink});
+    const dashed = kind === "colour" && find("dash-key").value ? [] : DASHES[dash];
+    image.append(drawing("path", {d: "M0 6h36", "stroke-width": 2.2, "stroke-dasharray": dashed.join(" ")}),
+      ...kind === "colour" && find("dash-key").value ? [] : [shape(SHAPES[dash])]);
+    return image;
+  }
+
+  function shape(name) {
+    const paths = {square: "M14 2h8v8h-8z", triangle: "M18 1l5 9h-10z", diamond: "M18 0.5l5 5.5l-5 5.5l-5 -5.5z",
+      inverted_triangle: "M18 11l5 -9h-10z", plus: "M18 1v10M13 6h10"};
+    return name === "circle" ? drawing("circle", {cx: 18, cy: 6, r: 4}) : drawing("path", {d: paths[name], "stroke-width": 2});
+  }
+
+  const opacity = ({category, dashed}) => muted.has(`colour:${category}`) || muted.has(`dash:${dashed}`) ? 0.08 : 1;
+  const chosenAxis = () => document.querySelector("input[name=compared]:checked").value;
+
+  function draw() {
+    drawCurves(find("metric").value, chosenAxis());
+    for (const model of Page.models("ColumnDataSource")) {
+      if (model.name?.startsWith("points-")) drawCosts(model.name.slice(7), model, find("goal").value);
+    }
+  }
+
+  function drawCurves(metric, axis) {
+    const curves = new Map(groups.map((group) => [group, Comparison.curveOf(group, metric, axis)]));
+    const longest = Math.max(0, ...[...curves.values()].map((points) => points.at(-1)?.x ?? 0));
+    const [unit, symbol] = axis !== "time" ? [1, ""] : longest >= 7200 ? [3600, "h"] : longest >= 120 ? [60, "min"] : [1, "s"];
+    const label = {epoch: "epochs completed", step: "optimizer steps", time: `time spent (${symbol})`}[axis];
+    const lines = {xs: [], ys: [], colour: [], dash: [], alpha: [], label: [], n: [], axis: []};
+    const bands = {xs: [], ys: [], colour: [], alpha: []};
+    const marks = {x: [], y: [], colour: [], marker: [], alpha: []};
+    for (const [group, points] of curves) {
+      if (!points.length) continue;
+      const style = styles.get(group.id);
+      const [ink, alpha] = [Page.colour(`s${style.colour}`), opacity(style)];
+      const xs = points.map((point) => point.x / unit);
+      for (const [key, value] of Object.entries({xs, ys: points.map((point) => point.mean), colour: ink, dash: DASHES[style.dash],
+        alpha, label: group.label, n: group.runs.length, axis: label})) lines[key].push(value);
+      if (group.runs.length > 1) {
+        for (const [key, value] of Object.entries({xs: [...xs, ...xs.toReversed()], colour: ink, alpha: 0.12 * alpha,
+          ys: [...points.map((point) => point.high), ...points.map((point) => point.low).toReversed()]})) bands[key].push(value);
+      }
+      const every = Math.max(1, Math.ceil(points.length / MARKS));
+      for (const point of points.filter((_, index) => index % every === (points.length - 1) % every)) {
+        for (const [key, value] of Object.entries({x: point.x / unit, y: point.mean, colour: ink, marker: SHAPES[style.dash], alpha})) marks[key].push(value);
+      }
+    }
+    Page.named("lines").data = lines;
+    Page.named("bands").data = bands;
+    Page.named("marks").data = marks;
+    for (const model of Page.models("LinearAxis")) if (model.name === "x") model.axis_label = label;
+    find("plot-curves").closest("figure").querySelector("h3").textContent = METRICS[metric];
+    find("plot-curves").setAttribute("aria-label",
+      `Curves of ${METRICS[metric]} over ${label} for ${lines.xs.length} configurations. What they reached is in the table of results.`);
+    Page.reach(0, longest / unit * 1.03 || 1, true);
+  }
+
+  function drawCosts(key, source, goal) {
+    const points = groups.map((group) => ({group, x: group.costs[key].mean, y: group.reached[goal].mean, sd: group.reached[goal].sd ?? 0}))
+      .filter((point) => point.x !== null && point.y !== null);
+    const {title, scale} = Page.page.costs[key];
+    const column = (make) => points.map(make);
+    const style = (point) => styles.get(point.group.id);
+    source.data = {
+      x: column((point) => point.x / scale), y: column((point) => point.y),
+      low: column((point) => point.y - point.sd), high: column((point) => point.y + point.sd),
+      colour: column((point) => Page.colour(`s${style(point).colour}`)), marker: column((point) => SHAPES[style(point).dash]),
+      alpha: column((point) => opacity(style(point))), label: column((point) => point.group.label), n: column((point) => point.group.runs.length),
+      shown_x: column((point) => ofCost(key, point.x)), shown_y: column(({group}) => spread(group.reached[goal], group.runs.length)),
+      cost: column(() => title), goal: column(() => GOALS[goal]),
+    };
+    const front = Comparison.paretoFront(points.filter((point) => opacity(style(point)) === 1));
+    Page.named(`front-${key}`).data = {x: front.map((point) => point.x / scale), y: front.map((point) => point.y)};
+    const box = find(`plot-cost-${key}`);
+    box.closest("figure").hidden = unique(points.map((point) => point.x)).length < 2;
+    box.setAttribute("aria-label", `${GOALS[goal]} against ${title} for ${points.length} configurations. `
+      + `On the Pareto front: ${front.map((point) => point.group.label).join("; ") || "none"}. The numbers are in the table of results.`);
+  }
+
+  // A table: headings that sort, a page of rows at a time, so that ten thousand runs are no burden.
+  function table(name, columns, rows) {
+    const {column, upwards} = order[name];
+    const {key, numeric} = columns[column] ?? columns[0];
+    const missing = (value) => value === null || value === undefined || value === "";
+    const sorted = [...rows].sort((a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (missing(x) || missing(y)) return missing(x) - missing(y);
+      return (upwards ? 1 : -1) * (numeric ? x - y : inOrder(x, y));
+    });
+    first[name] = Math.min(first[name], Math.max(0, Math.floor((rows.length - 1) / ROWS)) * ROWS);
+    const shown = sorted.slice(first[name], first[name] + ROWS);
+    const head = columns.map(({heading, numeric: right}, index) => element("th", {scope: "col", class: right ? "number" : null,
+      "aria-sort": index === column ? upwards ? "ascending" : "descending" : null},
+      element("button", {type: "button", "data-sort": `${name}:${index}`}, heading)));
+    const body = shown.map((row) => element("tr", {}, ...columns.map(({cell, numeric: right}, index) =>
+      element(index ? "td" : "th", {scope: index ? null : "row", class: right ? "number" : null}, ...[cell(row)].flat()))));
+    const place = find(name);
+    const focused = document.activeElement?.dataset?.sort;
+    place.tHead.replaceChildren(element("tr", {}, ...head));
+    place.tBodies[0].replaceChildren(...body);
+    if (focused?.startsWith(`${name}:`)) place.querySelector(`[data-sort="${focused}"]`)?.focus();
+    const last = Math.min(first[name] + ROWS, rows.length);
+    find(`${name}-pages`).hidden = rows.length <= ROWS;
+    find(`${name}-where`).textContent = `${(first[name] + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
+  }
+
+  function links(group) {
+    const sorted = [...group.runs].sort((a, b) => inOrder(a.seed, b.seed));
+    const shown = sorted.slice(0, 12).flatMap((run) => [" ", element("a", {href: run.link,
+      "aria-label": `${run.name}, ${run.state}`, title: `${run.name}: ${run.state}${run.reason ? `, ${run.reason}` : ""}`},
+      `${run.seed || "run"}${{done: "", running: " …"}[run.state] ?? ` (${run.state})`}`)]);
+    return sorted.length > 12 ? [...shown, ` and ${sorted.length - 12} more`] : shown.slice(1);
+  }
+
+  function results() {
+    const reached = Object.keys(GOALS).filter((goal) => groups.some((group) => group.reached[goal].mean !== null));
+    const costs = Object.keys(Page.page.costs).filter((key) => groups.some((group) => group.costs[key].mean !== null));
+    const progress = (group) => group.runs.some((run) => run.state === "running");
+    table("results", [
+      {heading: "configuration", key: (group) => group.label, cell: (group) => group.label},
+      {heading: "n", numeric: true, key: (group) => group.runs.length, cell: (group) => group.runs.length},
+      {heading: "runs by seed", key: (group) => group.runs.map((run) => run.seed).join(" "), cell: links},
+      ...reached.map((goal) => ({heading: GOALS[goal], numeric: true, key: (group) => group.reached[goal].mean,
+        cell: (group) => spread(group.reached[goal], group.runs.length)})),
+      {heading: "epochs", numeric: true, key: (group) => group.epochs, cell: (group) => progress(group)
+        ? `${group.epochs} of ${group.runs[0].planned ?? "?"}` : plain(group.epochs)},
+      ...costs.map((key) => ({heading: Page.page.costs[key].title.replace(/ \([KM]iB\)| \(.*illions\)/, "").replace("KiB ", ""), numeric: true, key: (group) => group.costs[key].mean,
+        cell: (group) => ofCost(key, group.costs[key].mean)})),
+    ], groups);
+  }
+
+  function settings() {
+    const own = Comparison.differingKeys(groups.flatMap((group) => group.runs), base).filter((key) => key !== "seed");
+    find("settings-none").hidden = own.length > 0;
+    find("settings-box").hidden = own.length === 0;
+    table("settings", [
+      {heading: "configuration", key: (group) => group.label, cell: (group) => group.label},
+      ...own.map((key) => ({heading: key, key: (group) => group.values[key], cell: (group) => group.values[key] ?? "—"})),
+    ], groups);
+  }
+
+  const answers = {
+    "[data-unfilter]": (button) => { filters.splice(Number(button.dataset.unfilter), 1); refresh(); find("filter-key").focus(); },
+    "[data-category]": (button) => {
+      const name = button.dataset.category;
+      if (!muted.delete(name)) muted.add(name);
+      button.setAttribute("aria-pressed", String(!muted.has(name)));
+      draw();
+    },
+    "[data-sort]": (button) => {
+      const [name, column] = button.dataset.sort.split(":");
+      const same = order[name].column === Number(column);
+      order[name] = {column: Number(column), upwards: same ? !order[name].upwards : true};
+      first[name] = 0;
+      name === "results" ? results() : settings();
+    },
+    "[data-page]": (button) => {
+      const [name, way] = button.dataset.page.split(":");
+      first[name] = Math.max(0, Math.min(first[name] + Number(way) * ROWS, (Math.ceil(groups.length / ROWS) - 1) * ROWS));
+      name === "results" ? results() : settings();
+    },
+  };
+
+  function changed({target}) {
+    if (target.id === "filter-key") offerValues();
+    else if (target.id === "filter-value" && target.value) {
+      const filter = [find("filter-key").value, JSON.parse(target.value)];
+      if (!filters.some((other) => String(other) === String(filter))) filters.push(filter);
+      target.value = "";
+      refresh();
+    } else if (["colour-key", "dash-key"].includes(target.id)) { muted.clear(); chooseStyles(); draw(); }
+    else if (target.name === "compared") { Object.assign(Page.page, {start: null}); Page.reach(0, 1); draw(); Page.move("reset"); }
+    else if (["metric", "goal"].includes(target.id)) draw();
+  }
+
+  Page.begin.push(() => {
+    delete Page.answers["th button"];
+    Object.assign(Page.answers, answers);
+    read();
+    refresh();
+    document.addEventListener("change", changed);
+    find("search").addEventListener("input", refresh);
+    Page.painted.push(draw);
+    const source = Page.named("runs");
+    for (const signal of [source.properties.data.change, source.patching, source.streaming]) {
+      source.connect(signal, () => { read(); refresh(); });
+    }
+  });
+})();

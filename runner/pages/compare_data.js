@@ -1,0 +1,115 @@
+"use strict";
+// What a comparison computes from the rows of its runs: groups over seeds, labels, means, curves, Pareto fronts.
+// Pure functions of plain data; see runner/pages/entries.py for what a row holds.
+const Comparison = (() => {
+  const CHOICES = ["model.name", "quant.name", "dataset.name", "classifier.name", "regularizer.name"];
+  const valueOf = (run, key, base) => key === "state" ? run.state : key in run.settings ? run.settings[key] : base[key] ?? null;
+  const known = (values) => values.filter((value) => value !== null && value !== undefined);
+  const unique = (values) => [...new Set(values)];
+
+  // Numbers in the order of numbers, all else in that of words, what is missing last.
+  function inOrder(a, b) {
+    if (a === null || b === null) return (a === null) - (b === null);
+    const [x, y] = [Number(a), Number(b)];
+    return Number.isNaN(x) || Number.isNaN(y) ? String(a).localeCompare(String(b), undefined, {numeric: true}) : x - y;
+  }
+
+  // The keys in which runs differ, choices of a whole component first.
+  function differingKeys(runs, base) {
+    const candidates = unique(runs.flatMap((run) => Object.keys(run.settings)));
+    const differing = candidates.filter((key) => {
+      const first = runs.length ? valueOf(runs[0], key, base) : null;
+      return runs.some((run) => valueOf(run, key, base) !== first);
+    });
+    const rank = (key) => (CHOICES.indexOf(key) + CHOICES.length + 1) % (CHOICES.length + 1);
+    return differing.sort((a, b) => rank(a) - rank(b) || inOrder(a, b));
+  }
+
+  function stats(values) {
+    const numbers = known(values);
+    const n = numbers.length;
+    if (!n) return {n, mean: null, sd: null};
+    const mean = numbers.reduce((sum, value) => sum + value, 0) / n;
+    const squares = numbers.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+    return {n, mean, sd: n > 1 ? Math.sqrt(squares / (n - 1)) : null};
+  }
+
+  // Runs that differ in nothing but the seed are one configuration.
+  function grouped(runs, keys, base) {
+    const settings = keys.filter((key) => key !== "seed");
+    const groups = new Map();
+    for (const run of runs) {
+      const values = settings.map((key) => valueOf(run, key, base));
+      const id = JSON.stringify(values);
+      if (!groups.has(id)) groups.set(id, {id, runs: [], values: Object.fromEntries(settings.map((key, i) => [key, values[i]]))});
+      groups.get(id).runs.push(run);
+    }
+    return named([...groups.values()], settings, base);
+  }
+
+  // Short names: the choices that differ, then the keys in which configurations of the same choices still differ.
+  function named(groups, keys, base) {
+    const choices = keys.filter((key) => CHOICES.includes(key));
+    const family = (group) => JSON.stringify(choices.map((key) => group.values[key]));
+    const families = Map.groupBy ? Map.groupBy(groups, family) : groupBy(groups, family);
+    for (const members of families.values()) {
+      const own = keys.filter((key) => !choices.includes(key) && unique(members.map((group) => group.values[key])).length > 1);
+      for (const group of members) {
+        const words = choices.map((key) => group.values[key] ?? "—");
+        const details = own.map((key) => `${key.split(".").slice(1).join(".") || key}=${group.values[key] ?? "—"}`);
+        const shown = details.length > 3 ? [...details.slice(0, 3), `… ${details.length - 3} more`] : details;
+        group.label = [...words, ...shown].join(" ") || base["quant.name"] || group.runs[0].name;
+      }
+    }
+    return groups.sort((a, b) => inOrder(a.label, b.label));
+  }
+
+  function groupBy(items, key) {
+    const groups = new Map();
+    for (const item of items) groups.set(key(item), [...groups.get(key(item)) ?? [], item]);
+    return groups;
+  }
+
+  function withFigures(group) {
+    const all = (part, key) => stats(group.runs.map((run) => run[part][key]));
+    group.reached = Object.fromEntries(["test", "best", "last"].map((key) => [key, all("reached", key)]));
+    group.costs = Object.fromEntries(Object.keys(group.runs[0].costs).map((key) => [key, all("costs", key)]));
+    group.epochs = Math.max(...group.runs.map((run) => run.epochs));
+    return group;
+  }
+
+  // The value of a curve at an epoch, between its points on a straight line, outside of them nothing.
+  function at(curve, name, epoch) {
+    const epochs = curve.epoch;
+    if (!epochs?.length || !curve[name] || epoch < epochs[0] || epoch > epochs[epochs.length - 1]) return null;
+    let right = epochs.findIndex((candidate) => candidate >= epoch);
+    if (epochs[right] === epoch) return curve[name][right];
+    const [a, b] = [curve[name][right - 1], curve[name][right]];
+    if (a === null || b === null) return null;
+    return a + (b - a) * (epoch - epochs[right - 1]) / (epochs[right] - epochs[right - 1]);
+  }
+
+  // Mean and band of a group's runs, epoch by epoch; where a seed has ended, or has not got there, the others count.
+  function curveOf(group, metric, axis) {
+    const curves = group.runs.map((run) => run.curve).filter((curve) => curve[metric] && curve[axis]);
+    const epochs = unique(curves.flatMap((curve) => curve.epoch)).sort((a, b) => a - b);
+    const points = [];
+    for (const epoch of epochs) {
+      const {n, mean, sd} = stats(curves.map((curve) => at(curve, metric, epoch)));
+      const x = stats(curves.map((curve) => at(curve, axis, epoch))).mean;
+      if (n && x !== null) points.push({x, mean, low: mean - (sd ?? 0), high: mean + (sd ?? 0), n});
+    }
+    return points;
+  }
+
+  // Those that nothing else beats at the same or a lower cost.
+  function paretoFront(points) {
+    const front = [];
+    for (const point of [...points].sort((a, b) => a.x - b.x || b.y - a.y)) {
+      if (!front.length || point.y > front[front.length - 1].y) front.push(point);
+    }
+    return front;
+  }
+
+  return {valueOf, differingKeys, grouped, withFigures, curveOf, paretoFront, inOrder, unique, known};
+})();

@@ -1,0 +1,82 @@
+"""The charts of a comparison: empty figures that compare.js fills, because what they show depends on filters and colours."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter
+from bokeh.plotting import figure
+
+from runner.pages.entries import COSTS, Entry
+from runner.pages.figures import Sheet, set_type
+
+LINE_TIP = [("", "@label"), ("n", "@n"), ("@axis", "$snap_x{0,0.[00]}"), ("mean", "$snap_y{%.6g}")]
+POINT_TIP = [("", "@label"), ("n", "@n"), ("@goal", "@shown_y"), ("@cost", "@shown_x")]
+
+
+def curve_chart(sheet: Sheet) -> str:
+    """Mean curves with bands over seeds."""
+    plot = sheet.plot(DataRange1d(), logarithmic=False)
+    plot.xaxis.axis_label = "epochs completed"
+    empty: dict[str, list[object]] = {"xs": [], "ys": [], "colour": []}
+    bands = ColumnDataSource(dict(empty), name="bands")
+    plot.patches("xs", "ys", source=bands, fill_color="colour", fill_alpha="alpha", line_alpha=0)
+    lines = ColumnDataSource(empty | {key: [] for key in ("dash", "alpha", "label", "n", "axis")}, name="lines")
+    drawn = plot.multi_line(
+        "xs", "ys", source=lines, line_color="colour", line_dash="dash", line_alpha="alpha", line_width=2.2
+    )
+    marks = ColumnDataSource({key: [] for key in ("x", "y", "colour", "marker", "alpha")}, name="marks")
+    plot.scatter("x", "y", source=marks, color="colour", marker="marker", alpha="alpha", size=7)
+    plot.add_tools(
+        HoverTool(
+            renderers=[drawn], tooltips=LINE_TIP, line_policy="nearest", formatters={"$snap_y": "printf"},
+            mode="mouse", point_policy="follow_mouse",
+        )
+    )  # fmt: skip
+    return sheet.host(plot, "curves", "Curves", "major", "Curves of every configuration.", [])
+
+
+def cost_charts(sheet: Sheet, entries: Iterable[Entry]) -> list[str]:
+    """Accuracy against every cost that some run knows and that is not the same for all."""
+    entries = list(entries)
+    charts = []
+    for key, cost in COSTS.items():
+        known = [entry["costs"][key] / cost.scale for entry in entries if entry["costs"][key] is not None]
+        charts.append(_cost_chart(sheet, key, cost.title, np.array(known)))
+    return charts
+
+
+def _cost_chart(sheet: Sheet, key: str, title: str, known: "np.ndarray[Any, Any]") -> str:
+    logarithmic = bool(known.size and known.min() > 0 and known.max() / known.min() > 8)
+    plot = figure(
+        x_range=DataRange1d(range_padding=0.12), y_range=DataRange1d(range_padding=0.15),
+        x_axis_type="log" if logarithmic else "auto", sizing_mode="stretch_both", toolbar_location=None, tools="",
+        min_border_left=48, min_border_right=14, background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0,
+    )  # fmt: skip
+    set_type(plot)
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[000]")
+    plot.xaxis.ticker = plot.xgrid.ticker = (
+        FixedTicker(ticks=_round_values(known, in_bits=key == "weight_bits"))
+        if logarithmic
+        else BasicTicker(desired_num_ticks=4)
+    )
+    title = f"{title}, logarithmic" if logarithmic else title
+    front = ColumnDataSource({"x": [], "y": []}, name=f"front-{key}")
+    plot.step("x", "y", source=front, mode="after", line_width=1.5, line_dash="dotted").tags = ["quiet"]
+    columns = ("x", "y", "low", "high", "colour", "marker", "alpha", "label", "n", "shown_x", "shown_y", "cost", "goal")
+    points = ColumnDataSource({column: [] for column in columns}, name=f"points-{key}")
+    plot.segment("x", "low", "x", "high", source=points, line_color="colour", line_alpha="alpha", line_width=1.5)
+    drawn = plot.scatter("x", "y", source=points, color="colour", marker="marker", alpha="alpha", size=11)
+    plot.add_tools(HoverTool(renderers=[drawn], tooltips=POINT_TIP))
+    return sheet.host(plot, f"cost-{key}", title, "even-part", f"Accuracy against {title}.", [])
+
+
+def _round_values(known: "np.ndarray[Any, Any]", *, in_bits: bool) -> list[float]:
+    """Powers of two for bits, else 1, 2, 5, 10 … or, over many decades, powers of ten."""
+    low, high = float(known.min()) / 4, float(known.max()) * 4
+    if in_bits:
+        return [2.0**power for power in range(-2, 11) if low <= 2.0**power <= high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) < 4 else (1,)
+    return [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]

@@ -1,0 +1,178 @@
+"""A run as one row of a comparison: what it reached, what it cost, how it was set, and its curves.
+
+Rows are plain data for compare.js. Settings are told as differences from a base, the most common value of every key, so
+that ten thousand runs with a hundred keys each stay small.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from runner.pages.page import number
+from runner.pages.records import Run
+from runner.pages.settings import flatten, shown
+
+# Keys that cannot change a number of the result: where things lie, and how a run is shown and saved.
+NO_SETTINGS = frozenset(
+    "mode name outputs checkpoint plugins epochs regime.epochs trainer.checkpoint_every trainer.progress trainer.dashboard "
+    "dataset.root dataset.download dataset.cache dataset.workers dataset.memory quant.kernel".split()
+)
+REMARKS = (".why", ".optional")  # of the rules of a quantizer
+CURVES = ("val_top1", "train_top1", "val_loss", "train_loss", "lr")
+MOST_CURVES = 2_000
+ALL_POINTS, MOST_POINTS, FEWEST_POINTS = 40_000, 200, 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run cost: its name with the unit it is drawn in, and how much of its own unit that is."""
+
+    title: str
+    scale: float = 1.0
+
+
+COSTS = {
+    "weight_bits": Cost("Weight bits, mean over parameters"),
+    "packed_bytes": Cost("Packed size (KiB)", 1024.0),
+    "bit_operations": Cost("Bit operations per image (billions)", 1e9),
+    "float_macs": Cost("MACs per image left in float (millions)", 1e6),
+    "saved_bytes": Cost("Saved for backward (KiB per sample)", 1024.0),
+    "peak_memory": Cost("Peak memory (MiB)", 1024.0**2),
+    "epoch_seconds": Cost("Time of an epoch (s)"),
+}
+Entry = dict[str, Any]
+
+
+def identity(folder: Path) -> str:
+    """What a link calls a run: no path can be made of it.
+
+    >>> identity(Path("/runs/a")) == identity(Path("/runs/a")) != identity(Path("/runs/b"))
+    True
+    """
+    return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+
+
+def settings_of(run: Run) -> dict[str, str]:
+    """The settings that can change a number of the result, each as its YAML says it."""
+    flat = flatten(run.config) or {
+        f"{group}.name": run.summary[group] for group in ("model", "quant", "dataset") if group in run.summary
+    }
+    return {key: shown(value) for key, value in flat.items() if key not in NO_SETTINGS and not key.endswith(REMARKS)}
+
+
+def base_of(settings: Iterable[dict[str, str]]) -> dict[str, str]:
+    """The most common value of every key.
+
+    >>> base_of([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "4", "b": "3"}])
+    {'a': '1', 'b': '3'}
+    """
+    counts: dict[str, Counter[str]] = {}
+    for one in settings:
+        for key, value in one.items():
+            counts.setdefault(key, Counter())[value] += 1
+    return {key: values.most_common(1)[0][0] for key, values in counts.items()}
+
+
+def encoded(entry: Entry, base: dict[str, str]) -> str:
+    """A row as compact JSON, of its settings only what is not as in the base; null for a key that the run does not have."""
+    settings = entry["settings"]
+    differing = {key: value for key, value in settings.items() if base.get(key) != value}
+    differing |= {key: None for key in base if key not in settings}
+    return json.dumps(entry | {"settings": differing}, separators=(",", ":"), allow_nan=False)
+
+
+def entry_of(run: Run, link: str, points: int) -> Entry:
+    """The row of a run with all of its settings; `points` is how many points a curve may have."""
+    metrics, summary = run.metrics, run.summary
+    settings = settings_of(run)
+    return {
+        "id": identity(run.folder),
+        "name": run.name,
+        "link": link,
+        "state": run.state if len(metrics) or run.state != "unknown" else "broken",
+        "problems": run.problems if run.state in ("unknown", "done") else [],
+        "reason": str(run.status.get("reason") or ""),
+        "updated": str(run.status.get("updated") or ""),
+        "seed": settings.get("seed", ""),
+        "settings": settings,
+        "epochs": number(metrics["epoch"].max() + 1) if len(metrics) else 0,
+        "planned": number(run.status.get("epochs", summary.get("epochs"))),
+        "reached": {
+            "test": number(summary.get("test_top1")),
+            "best": _rounded(metrics["val_top1"].max() if len(metrics) else summary.get("best_val_top1")),
+            "last": _rounded(metrics["val_top1"].iloc[-1] if len(metrics) else summary.get("final_val_top1")),
+        },
+        "costs": _costs(run),
+        "curve": _curve(run, points) if points else {},
+    }
+
+
+def points_for(runs: int) -> int:
+    """How many points each curve of that many runs may have."""
+    return max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // max(runs, 1)))
+
+
+def _costs(run: Run) -> dict[str, float | None]:
+    summary, timing, layers = run.summary, run.timing, run.layers
+    macs = summary.get("macs")
+    seconds = timing["seconds"].median() if len(timing) else None
+    return {
+        "weight_bits": _rounded(_weight_bits(layers)),
+        "packed_bytes": number(summary.get("packed_bytes")),
+        "bit_operations": _rounded(_bit_operations(layers)),
+        "float_macs": number(macs.get("float")) if isinstance(macs, dict) else None,
+        "saved_bytes": number(summary.get("saved_bytes_per_sample", _largest(timing, "saved_bytes_per_sample"))),
+        "peak_memory": number(summary.get("peak_memory_bytes", _largest(timing, "peak_memory_bytes"))),
+        "epoch_seconds": _rounded(seconds),
+    }
+
+
+def _largest(timing: pd.DataFrame, column: str) -> float | None:
+    return float(timing[column].max()) if timing[column].notna().any() else None
+
+
+def _weight_bits(layers: pd.DataFrame) -> float | None:
+    """Bits a parameter, on average over the layers."""
+    known = layers.dropna(subset=["weight_bits", "parameters"])
+    total = known["parameters"].sum()
+    return float((known["weight_bits"] * known["parameters"]).sum() / total) if total else None
+
+
+def _bit_operations(layers: pd.DataFrame) -> float | None:
+    """MACs times weight bits times activation bits: what a product costs in hardware that is as wide as it has to be."""
+    known = layers.dropna(subset=["weight_bits", "act_bits", "macs"])
+    if known.empty:
+        return None
+    return float((known["weight_bits"] * known["act_bits"] * known["macs"]).sum())
+
+
+def _curve(run: Run, points: int) -> dict[str, list[float | None]]:
+    """Every 2^k-th epoch and the last: runs of different lengths keep epochs in common."""
+    metrics = run.metrics.dropna(subset=["epoch"])
+    if metrics.empty:
+        return {}
+    beside = run.timing[["epoch", "seconds", "eval_seconds"]].drop_duplicates("epoch", keep="last")
+    rows = metrics.merge(beside, on="epoch", how="left")
+    rows["time"] = (rows["seconds"] + rows["eval_seconds"].fillna(0)).cumsum()
+    stride = 2 ** max(0, math.ceil(math.log2(len(rows) / points)))
+    rows = rows[((rows["epoch"] + 1) % stride == 0) | (rows.index == 0) | (rows.index == len(rows) - 1)]
+    rows = rows.assign(epoch=rows["epoch"] + 1)  # a row speaks of the end of its epoch
+    return {name: _numbers(rows[name]) for name in ("epoch", "step", "time", *CURVES) if rows[name].notna().any()}
+
+
+def _numbers(column: "pd.Series[float]") -> list[float | None]:
+    return [_rounded(value) for value in column.to_numpy(dtype=np.float64)]
+
+
+def _rounded(value: object) -> float | None:
+    """A finite number to six digits, which is more than a chart shows."""
+    figure = number(value)
+    return None if figure is None else float(f"{figure:.6g}")
