@@ -1,17 +1,20 @@
 """Figures of a stored model. Its config is stored with it; words on the command line change what they name."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from quant.inference import BadPackedFile, PackedModel, looks_packed
 from runner.build import build, phases_of
 from runner.config import check
-from runner.data import load
+from runner.data import Data, load
 from runner.environment import environment, pick_device, prepare
-from runner.faults import ConfigError, Fault
+from runner.faults import BadData, ConfigError, Fault, MissingInput
 from runner.files import write_json
 from runner.regime import data_setting_at
 from runner.schema import RunConfig
@@ -20,14 +23,25 @@ from runner.train import evaluate
 from runner.weights import Weights, load_exactly, read_weights
 
 
-def evaluate_stored(raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
-    """Measure validation and test set; print the figures, save them beside the weights, and return them.
+@dataclass(frozen=True)
+class Stored:
+    """A trained network as its run left it, and the data that its config names."""
+
+    config: RunConfig
+    model: nn.Module
+    data: Data
+    weights: Weights
+    sizes: dict[str, int]  # batch and input size
+
+
+def load_stored(raw: Mapping[str, Any], said: Sequence[str]) -> Stored:
+    """Read, check and build what `checkpoint` names.
 
     `raw` is what the command line composes, `said` the keys that it names: these change the stored config.
     """
     weights = read_weights(Path(str(raw["checkpoint"])))
     config = check(_with_stored(raw, weights, said))
-    screen, device = Screen(config.trainer.progress), pick_device(config.trainer.device)
+    device = pick_device(config.trainer.device)
     prepare(config.seed, config.trainer.threads, device)
     data = load(config.dataset, device=device)
     built = build(
@@ -37,17 +51,95 @@ def evaluate_stored(raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, An
         image_size=data.image_size,
     )
     load_exactly(built.model, weights)
-    model = built.model.to(device)
-    sizes = _sizes(config, model, data.image_size)
+    model = built.model.to(device).eval()
+    return Stored(config, model, data, weights, _sizes(config, model, data.image_size))
+
+
+def evaluate_stored(raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
+    """Measure validation and test set; print the figures, save them beside the weights, and return them."""
+    path = Path(str(raw["checkpoint"]))
+    if path.is_file() and looks_packed(path):
+        return _evaluate_packed(path, raw, said)
+    stored = load_stored(raw, said)
+    source = stored.weights.source
+    target = (source if source.is_dir() else source.parent) / "evaluation.json"
+    screen = Screen(stored.config.trainer.progress)
+    return _measured(stored.model, stored.data, stored.sizes, str(source), stored.config, target, screen)
+
+
+def _evaluate_packed(path: Path, raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
+    """The same of a packed network, with the preprocessing and the data set that its file names; on the CPU."""
+    model = read_packed(path)
+    config = check(_with_data_of(model, raw, said))
+    device, screen = torch.device("cpu"), Screen(config.trainer.progress)
+    prepare(config.seed, config.trainer.threads, device)
+    data = load(config.dataset, device=device)
+    take = model.preprocessing
+    if data.in_channels != take.channels or len(data.classes) != len(model.classes):
+        given = f"{data.in_channels} channels and {len(data.classes)} classes"
+        raise BadData(
+            f"{path}: made for {take.channels} channels and {len(model.classes)} classes, the data set has {given}"
+        )
+    sizes = {"batch_size": config.batch_size or int(model.about.get("batch_size", 128)), "input_size": take.size}
+    screen.say(f"packed network: {model.nbytes:,} bytes of tensors, kernel {model.kernel}" + why_float(model))
+    return _measured(
+        Wrapped(model), data, sizes, str(path), config, path.with_name(f"{path.name}.evaluation.json"), screen
+    )
+
+
+def why_float(model: PackedModel) -> str:
+    """Why no packed kernels are used, in brackets; nothing where they are."""
+    return f" ({model.why_float})" if model.why_float else ""
+
+
+def read_packed(path: Path) -> PackedModel:
+    """Load a packed network. Raises MissingInput, or BadData for whatever is wrong with it."""
+    if not path.is_file():
+        raise MissingInput(f"{path}: no such file; give a packed network (export … format=packed writes one)")
+    try:
+        return PackedModel.load(path)
+    except BadPackedFile as error:
+        raise BadData(str(error)) from error
+
+
+class Wrapped(nn.Module):
+    """A function of images as a module, to be measured like any other network."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def _with_data_of(model: PackedModel, raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
+    """The config of the command line with the data set of a packed file, changed by what was said of it.
+
+    Files come from anywhere: one may not choose what is downloaded, or where something is written.
+    """
+    merged: dict[str, Any] = copy.deepcopy(dict(raw))
+    if isinstance(model.about.get("dataset"), dict) and "dataset" not in said:
+        merged["dataset"] = copy.deepcopy(model.about["dataset"]) | {"cache": None}
+        if "download" in merged["dataset"]:
+            merged["dataset"]["download"] = False
+        _overlay(raw, merged, [key for key in said if key.startswith("dataset.")])
+    if isinstance(merged["dataset"], dict):
+        merged["dataset"] |= {"mean": list(model.preprocessing.mean), "std": list(model.preprocessing.std)}
+    return merged
+
+
+def _measured(
+    model: nn.Module, data: Data, sizes: dict[str, int], source: str, config: RunConfig, target: Path, screen: Screen
+) -> dict[str, Any]:
     val, test = evaluate(model, data.val, sizes), evaluate(model, data.test, sizes)
     figures = {
-        "weights": str(weights.source),
+        "weights": source,
         "dataset": config.dataset.name,
         **{f"val_{k}": v for k, v in vars(val).items()},
         **{f"test_{k}": v for k, v in vars(test).items()},
-        "environment": environment(device),
+        "environment": environment(pick_device(config.trainer.device)),
     }
-    target = (weights.source if weights.source.is_dir() else weights.source.parent) / "evaluation.json"
     screen.say(f"validation: loss {val.loss:.4f}, top1 {val.top1:.2f} %, top5 {val.top5:.2f} %")
     screen.say(f"test: loss {test.loss:.4f}, top1 {test.top1:.2f} %, top5 {test.top5:.2f} %")
     write_json(target, figures)
@@ -72,14 +164,19 @@ def _with_stored(raw: Mapping[str, Any], weights: Weights, said: Sequence[str]) 
     if merged.get("plugins") and "plugins" not in said:
         message = f"the stored model needs {merged['plugins']}; a plugin is code, so say plugins= to have it run"
         raise ConfigError([Fault("plugins", message)])
-    for key in [*said, "mode", "checkpoint", "trainer.progress"]:
+    _overlay(raw, merged, [*said, "mode", "checkpoint", "trainer.progress"])
+    return merged
+
+
+def _overlay(raw: Mapping[str, Any], merged: dict[str, Any], keys: Sequence[str]) -> None:
+    """Lay what the command line says at some places over a stored config."""
+    for key in keys:
         try:
             _copy(raw, merged, key.split("."))
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
                 [Fault(key, "changes nothing of a stored model: its config has no such place")]
             ) from error
-    return merged
 
 
 def _copy(source: Any, target: Any, path: list[str]) -> None:

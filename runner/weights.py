@@ -36,10 +36,15 @@ class Weights:
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write a safetensors file that says what it is."""
+    write_atomic(path, weights_bytes(tensors, config))
+
+
+def weights_bytes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bytes:
+    """The content of that file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(dict(config) | ANYWHERE)
     facts = json.dumps({"config": said, "sha256": _digest(plain, said)})
-    write_atomic(path, save(plain, metadata={FORMAT: facts}))  # one key, because safetensors keeps no order of several
+    return save(plain, metadata={FORMAT: facts})  # one key, because safetensors keeps no order of several
 
 
 def read_weights(path: Path) -> Weights:

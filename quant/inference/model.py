@@ -17,13 +17,17 @@ SHARED = {"flatten"}  # operations whose result may be a view of their input
 
 
 class Op:
-    """One step of a network: `op(values)` makes values[op.output]. `name` is the layer's, `kind` the operation's."""
+    """One step of a network: `op(values)` makes values[op.output]. `name` is the layer's, `kind` the operation's.
 
-    __slots__ = ("ends", "inputs", "kind", "name", "nbytes", "output", "run")
+    `threshold`: below which the input of a binary layer counts as -1, one number a channel; None for 0.
+    """
+
+    __slots__ = ("ends", "inputs", "kind", "name", "nbytes", "output", "run", "threshold")
 
     def __init__(self, node: Node, output: int, run: Run, ends: tuple[int, ...]) -> None:
         self.name, self.kind, self.inputs, self.nbytes = node.name, node.op, node.inputs, node.nbytes
         self.output, self.run, self.ends = output, run, ends
+        self.threshold = node.tensors.get("threshold")
 
     def __call__(self, values: list[Any]) -> None:
         values[self.output] = self.run(*[values[i] for i in self.inputs])

@@ -1,0 +1,106 @@
+"""Make an export, try it on the whole validation set, and write both: or neither."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+
+from quant.inference import PackedModel
+from runner.build import build
+from runner.environment import environment
+from runner.evaluate import Stored, why_float
+from runner.export.packed import packed_bytes
+from runner.export.parity import Bound, Network, Parity, compare
+from runner.faults import BadData, StorageError
+from runner.files import remove, write_atomic, write_json
+from runner.weights import weights_bytes
+
+BOUNDS = {
+    "packed": Bound(agreement=100),
+    "safetensors": Bound(agreement=100, logit_difference=0),
+    "onnx": Bound(agreement=99, top1_delta=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """An export that passed: its content, and what its certificate says."""
+
+    content: bytes
+    parity: Parity
+    facts: Mapping[str, Any]
+    remarks: tuple[str, ...]
+
+
+def certified(stored: Stored, wanted: str, bounds: Mapping[str, float]) -> Made:
+    """Raises BadData where the network cannot be exported, or what was exported is outside of its bound."""
+    bound = BOUNDS[wanted]
+    bound = replace(bound, agreement=bounds.get("agreement", bound.agreement))
+    bound = replace(bound, logit_difference=bounds.get("difference", bound.logit_difference))
+    content, exported, remarks = MAKERS[wanted](stored)
+    parity = compare(stored.model, exported, stored.data.val, stored.sizes)
+    faults = parity.faults(bound)
+    if faults:
+        raise BadData(f"nothing is written: on the {parity.images} validation images {'; '.join(faults)}")
+    facts = {
+        "format": wanted,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "made_from": str(stored.weights.source),
+        "model": stored.config.model.name,
+        "quant": stored.config.quant.name,
+        "dataset": stored.config.dataset.name,
+        "bound": vars(bound),
+        **parity.figures(),
+        "remarks": list(remarks),
+        "environment": environment(torch.device("cpu")),
+    }
+    return Made(content, parity, facts, remarks)
+
+
+def write(made: Made, target: Path) -> None:
+    """The file and its certificate; where one cannot be written, neither is left."""
+    beside = target.with_name(f"{target.name}.parity.json")
+    try:
+        write_json(beside, made.facts, durable=True)
+        write_atomic(target, made.content)
+    except StorageError:
+        remove(beside)
+        raise
+
+
+def _packed(stored: Stored) -> tuple[bytes, Network, tuple[str, ...]]:
+    content = packed_bytes(stored)
+    model = PackedModel.from_bytes(content)
+    return content, model, (f"kernel: {model.kernel}{why_float(model)}",)
+
+
+def _safetensors(stored: Stored) -> tuple[bytes, Network, tuple[str, ...]]:
+    content = weights_bytes(stored.model.state_dict(), stored.weights.config)
+    data = stored.data
+    again = build(
+        stored.config.model_copy(update={"pretrained": None}),
+        in_channels=data.in_channels,
+        num_classes=len(data.classes),
+        image_size=data.image_size,
+    ).model
+    again.load_state_dict(load_safetensors(content))
+    return content, again.eval(), ()
+
+
+def _onnx(stored: Stored) -> tuple[bytes, Network, tuple[str, ...]]:
+    from runner.export.onnx import onnx_bytes, session
+
+    content, remarks = onnx_bytes(stored)
+    return content, session(content), remarks
+
+
+MAKERS: dict[str, Callable[[Stored], tuple[bytes, Network, tuple[str, ...]]]] = {
+    "packed": _packed,
+    "safetensors": _safetensors,
+    "onnx": _onnx,
+}

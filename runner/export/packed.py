@@ -1,0 +1,32 @@
+"""A trained network as a packed file for `quant.inference`."""
+
+from torch import nn
+
+from quant.inference.file import to_bytes
+from quant.inference.graph import Graph, Preprocessing
+from runner.data import Data
+from runner.evaluate import Stored
+from runner.export.fold import fold
+from runner.export.trace import trace
+from runner.sources import MemorySource
+
+
+def packed_bytes(stored: Stored) -> bytes:
+    """The content of the file."""
+    config, data = stored.config, stored.data
+    dataset = config.dataset.model_dump(exclude={"arguments"}) | config.dataset.arguments
+    neutral = {key: None if key == "cache" else value for key, value in dataset.items() if key not in ("mean", "std")}
+    about = {
+        "model": config.model.name,
+        "quant": config.quant.name,
+        "batch_size": stored.sizes["batch_size"],
+        "dataset": neutral,
+    }
+    return to_bytes(graph_of(stored.model, data, stored.sizes["input_size"], about))
+
+
+def graph_of(model: nn.Module, data: Data, size: int, about: dict[str, object]) -> Graph:
+    """The folded graph of a trained network, and how its images are made."""
+    pixels = data.val.content.pixels.shape[2] if isinstance(data.val, MemorySource) else size
+    take = Preprocessing(data.in_channels, size, pixels, data.mean, data.std)
+    return Graph(fold(trace(model)), take, data.classes, about)
