@@ -61,6 +61,30 @@ def _obstacle_of_format(x: Tensor, w: Tensor) -> str | None:
     return None
 
 
+def obstacle_of_lookup(g: Tensor, shape: Shape) -> str | None:
+    """Why the gradients of a product of signs need floats multiplied; None if they can be looked up (`kernels.lookup`).
+
+    It depends on nothing but the output's gradient: whatever computed the product forward, its gradients are the same.
+    """
+    if not isinstance(shape, matmul.Conv):
+        return "a linear layer"
+    if torch.compiler.is_compiling() or type(g) is not Tensor:
+        return "a graph is being traced"
+    if g.dtype != torch.float32 or g.device.type != "cpu" or g.dim() != 4 or g.numel() == 0:
+        return f"a gradient of {g.dtype} on {g.device.type}, shape {tuple(g.shape)}"
+    return obstacle_of_layer(shape, "clip") or kernels.why_no_lookup()
+
+
+def looked_up(
+    g: Tensor, signs: Tensor | None, w: Tensor, alpha: Tensor, shape: matmul.Conv, size: torch.Size, need_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dw~ of conv2d(sign(x), alpha sign(w)), x of shape `size` with packed `signs` (None: no dw~ is wanted)."""
+    stride, padding = _pair(shape.stride), _pair(shape.padding)
+    dx = kernels.input_gradient(g, w, alpha, size, stride, padding) if need_x else None
+    dw = None if signs is None else kernels.weight_gradient(g, signs, size, _pair(w.shape[2:]), stride, padding)
+    return dx, dw
+
+
 def product_of_signs(x: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, form: WeightGradient) -> Tensor:
     """x (B, C, H, W) and w (O, C, h, w) -> (B, O, H', W'); or x (..., C) and w (O, C) -> (..., O). Clipped identity as `ste`.
 
@@ -98,13 +122,16 @@ class _ProductOfSigns(torch.autograd.Function):
         w, alpha, signs, inside = ctx.saved_tensors
         shape, size = ctx.shape, ctx.size
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        x = g.new_empty(()).expand(size)
-        if need_w:
-            images = size if isinstance(shape, matmul.Conv) else (1, size[-1], 1, size[:-1].numel())
-            x = _from_image(kernels.unpack_signs(signs, images), size, shape)
         s = sign(w)
-        dx, dw = shape.backward(g, x, s * alpha, need_x, need_w)
-        del x  # before others take memory
+        if obstacle_of_lookup(g, shape) is None:
+            dx, dw = looked_up(g, signs, w, alpha, shape, size, need_x)
+        else:
+            x = g.new_empty(()).expand(size)
+            if need_w:
+                images = size if isinstance(shape, matmul.Conv) else (1, size[-1], 1, size[:-1].numel())
+                x = _from_image(kernels.unpack_signs(signs, images), size, shape)
+            dx, dw = shape.backward(g, x, s * alpha, need_x, need_w)
+            del x  # before others take memory
         if dx is not None:
             dx = _from_image(kernels.masked(_as_image(dx, shape), inside), size, shape)
         if dw is not None:

@@ -17,7 +17,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant import matmul, packed
+from quant import kernels, matmul, packed
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.functional import SignBits, scaled_sign, sign, ste_sign
 from quant.layers import Conv2d, Linear, Matrix, rewrite
@@ -37,6 +37,14 @@ class SignConv(matmul.Conv):
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         return _scaled(super().forward(x, sign(w), None), w, bias, (-1, 1, 1))
 
+    def backward(
+        self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if packed.obstacle_of_lookup(g, self) is not None:
+            return super().backward(g, x, w, need_x, need_w)
+        signs = kernels.pack_activations(x) if need_w else None
+        return packed.looked_up(g, signs, w, _alpha(w), self, x.shape, need_x)
+
 
 @dataclass(frozen=True)
 class SignLinear(matmul.Linear):
@@ -47,8 +55,13 @@ class SignLinear(matmul.Linear):
 
 
 def _scaled(sums: Tensor, w: Tensor, bias: Tensor | None, channel: tuple[int, ...]) -> Tensor:
-    alpha = w.flatten(1)[:, 0].abs().to(sums.dtype).view(channel)
+    alpha = _alpha(w).to(sums.dtype).view(channel)
     return sums * alpha if bias is None else sums * alpha + bias.to(sums.dtype).view(channel)
+
+
+def _alpha(w: Tensor) -> Tensor:
+    """The scale of every filter of alpha sign(W)."""
+    return w.flatten(1)[:, 0].abs()
 
 
 def window_mean(x: Tensor, layer: nn.Conv2d) -> Tensor:

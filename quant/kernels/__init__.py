@@ -8,12 +8,15 @@ Importing this package does not import Numba. `why_not()` says why the kernels c
     signs, inside = pack_with_mask(x)                                 what a training layer keeps of x: 2 bits
     y = conv2d_of_packed(signs, packed)
     unpack_signs(signs, x.shape), masked(grad, inside)                and what its backward makes of them
+    input_gradient(g, w, alpha, x.shape, stride, padding)             gradients without a multiplication
+    weight_gradient(g, signs, x.shape, kernel, stride, padding)
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quant.kernels.gradients import input_gradient, weight_gradient
     from quant.kernels.layers import binary_conv2d, binary_linear, conv2d_of_packed
     from quant.kernels.machine import Processor
     from quant.kernels.packing import masked, pack_activations, pack_with_mask, unpack_signs
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "binary_conv2d": "layers",
     "binary_linear": "layers",
+    "input_gradient": "gradients",
+    "weight_gradient": "gradients",
     "conv2d_of_packed": "layers",
     "masked": "packing",
     "pack_activations": "packing",
@@ -31,8 +36,8 @@ _MODULE_OF = {
     "pack_weight": "weights",
 }
 __all__ = [
-    "PackedWeight", "available", "binary_conv2d", "binary_linear", "conv2d_of_packed", "masked", "pack_activations",
-    "pack_weight", "pack_with_mask", "unpack_signs", "why_not",
+    "PackedWeight", "available", "binary_conv2d", "binary_linear", "conv2d_of_packed", "input_gradient", "masked",
+    "pack_activations", "pack_weight", "pack_with_mask", "unpack_signs", "weight_gradient", "why_no_lookup", "why_not",
 ]  # fmt: skip
 
 
@@ -52,6 +57,11 @@ def why_not() -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def why_no_lookup() -> str | None:
+    """Why gradients cannot be looked up here, in one line; None if they can."""
+    return why_not() or (None if available() == "avx512" else "lookup products need AVX-512")
 
 
 def available() -> "Processor":

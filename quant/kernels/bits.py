@@ -160,10 +160,10 @@ def _over_pixel(builder: Builder, words: Value, channels: Value, use: Callable[.
     word = load(builder, words, 0, I32)
     for full in full_and_tail(builder, channels, 2 * LANES):
         for part, (offset, mask) in enumerate(_vectors(builder, channels, 2, full)):
-            use(offset, mask, _bits_of_word(builder, word, LANES * part))
+            use(offset, mask, bits_of_word(builder, word, LANES * part))
 
 
-def _bits_of_word(builder: Builder, word: Value, first: int) -> Value:
+def bits_of_word(builder: Builder, word: Value, first: int) -> Value:
     """Lane mask: bits first .. first + 15 of one word."""
     return builder.bitcast(builder.trunc(builder.lshr(word, I32(first)), I16), FLAGS)
 
