@@ -15,8 +15,8 @@ import torchvision
 DECIDES = ("python", "torch", "torchvision", "device", "cpu", "capability", "threads", "world", "code", "mkldnn")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The facts; those named in DECIDES can change the last bits of a result."""
+def environment(device: torch.device, world: int = 1) -> dict[str, Any]:
+    """The facts; those named in DECIDES can change the last bits of a result. `world`: processes that train together."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -26,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.enabled,
-        "world": 1,
+        "world": world,
         "code": code_digest(),
         "platform": platform.platform(),
     }

@@ -22,10 +22,12 @@ def end_with_parent(parent: int) -> None:
 
 
 def end_with_the_launcher() -> None:
-    """What a job of a sweep calls first; nothing for a process that somebody started by hand."""
+    """What a job of a sweep, or a rank, calls first; nothing for a process that somebody started by hand."""
     said = os.environ.pop(VARIABLE, "")
     if said.isdigit():
         end_with_parent(int(said))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # a rank without its agent would train on, alone and unseen
+        end_with_parent(os.getppid())
 
 
 def _look(parent: int) -> None:

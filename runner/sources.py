@@ -46,7 +46,7 @@ class Source(Protocol):
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[Batch]:
-        """(float32 NCHW, normalised; int64 labels) on the device, from batch `start` on; `batch_size` is per process."""
+        """(float32 NCHW, normalised; int64 labels) on the device, from batch `start` on; `batch_size` is of all processes."""
         ...
 
 
@@ -75,7 +75,7 @@ class Recipe:
 class _Shards:
     """Which samples make up which batch.
 
-    One global order is cut into global batches of batch_size * world; each process takes its contiguous share. The
+    One global order is cut into global batches; each process takes its contiguous share of every one. The
     last, uneven one is shared out as evenly as can be. In training it is dropped, in all processes alike, if that
     leaves any of them fewer than two images (batch norm has no variance of one) or if `drop_last` asks for it; in
     evaluation every image is seen exactly once, and a process with an empty share has a batch less.
@@ -88,7 +88,7 @@ class _Shards:
         return len(self.index)
 
     def steps(self, batch_size: int, world: int = 1) -> int:
-        full, rest = divmod(len(self), batch_size * world)
+        full, rest = divmod(len(self), batch_size)
         if self.recipe.train:
             return full + (rest // world >= 2 and not self.recipe.drop_last)
         return full + (rest > 0)
@@ -98,7 +98,7 @@ class _Shards:
         order = self.index[draw.order(len(self))] if self.recipe.train else self.index
         order = order.to(self.recipe.device)
         for step in range(start, self.steps(batch_size, world)):
-            together = order[step * batch_size * world : (step + 1) * batch_size * world]
+            together = order[step * batch_size : (step + 1) * batch_size]
             share = together[len(together) * rank // world : len(together) * (rank + 1) // world]
             if len(share):
                 yield share

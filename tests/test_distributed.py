@@ -1,0 +1,200 @@
+"""One training on several processes: the same curve on any number of ranks, exact resume, and no rank left waiting or behind."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.compose import config_from, split_options
+from runner.distributed import World
+from runner.folder import run_path, status_of
+from runner.ranks import Place
+from tests.torture.scenarios import fingerprint
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = "trainer.progress=plain trainer.dashboard=none trainer.threads=1 trainer.device=cpu".split()
+DATA = "dataset=synthetic dataset.size=12 dataset.channels=1 dataset.test_samples=17 dataset.classes=4".split()
+TINY = ["model=torture", "plugins=[tests.torture.tiny]", "--config-dir", str(ROOT / "tests/torture/conf")]
+PLAIN = [
+    *DATA,
+    *QUIET,
+    "dataset.samples=60",
+    "dataset.input_size=28",
+    "model=lenet5",
+    "model.channels=[4,6]",
+    "model.hidden=16",
+]
+# dropout, batch norm, stochastic rounding, an average of the weights, two optimizers, an uneven last batch
+HARD = [*DATA, *QUIET, *TINY, "dataset.samples=64", "batch_size=12", "quant=actgrad", "quant.bits=2", "trainer.ema=0.9"]
+HARD += ["regime.phases=[{epoch: 0, optimizer: Adam, lr: 0.01}, {epoch: 5, optimizer: SGD, lr: 0.05, momentum: 0.9}]"]
+HARD += ["epochs=30", "trainer.checkpoint_every=4"]
+
+
+def launched(*launches: dict[str, Any]) -> list[dict[str, Any]]:
+    """What came of each launch."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.rank_launcher", json.dumps(launches, default=str)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def folder(place: Path, words: list[str]) -> Path:
+    return place / run_path(config_from(*split_options(words)))
+
+
+def said(place: Path) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in sorted(place.glob("rank-*.log")))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_path: Path) -> None:
+    for quant in ("none", "lsq"):
+        words = [*PLAIN, f"quant={quant}", "epochs=4", "batch_size=10"]
+        places = [tmp_path / f"{quant}-{ranks}" for ranks in (1, 2)]
+        done = launched(
+            *({"place": place, "ranks": ranks, "words": words} for ranks, place in enumerate(places, start=1))
+        )
+        assert [one["codes"] for one in done] == [[0], [0, 0]], said(places[1])
+        alone, together = (rows(folder(place, words) / "metrics.csv") for place in places)
+        for one, other in zip(alone, together, strict=True):
+            assert one["step"] == other["step"]
+            for key in ("train_loss", "val_loss"):
+                assert float(one[key]) == pytest.approx(float(other[key]), rel=2e-5)
+            assert one["train_top1"] == other["train_top1"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_killed_training_of_several_ranks_resumes_to_the_last_bit(tmp_path: Path, ranks: int) -> None:
+    left_alone = {"place": tmp_path / "alone", "ranks": ranks, "words": HARD}
+    killed = {
+        "place": tmp_path / "killed",
+        "ranks": ranks,
+        "words": HARD,
+        "signal": signal.SIGKILL,
+        "to": list(range(ranks)),
+    }
+    again = {"place": tmp_path / "killed", "ranks": ranks, "words": HARD}
+    done = launched(left_alone, killed, again)
+    assert done[0]["codes"] == done[2]["codes"] == [0] * ranks, said(tmp_path / "killed")
+    assert set(done[1]["codes"]) == {-signal.SIGKILL}
+    log = (tmp_path / "killed" / "rank-0.log").read_text()
+    assert "goes on after step" in log
+    assert "exact resume: yes" in log.rpartition("goes on after")[2]
+    assert (
+        fingerprint(folder(tmp_path / "killed", HARD)).differences(fingerprint(folder(tmp_path / "alone", HARD))) == []
+    )
+    assert [path.name for path in (tmp_path / "killed" / "outputs" / "runs").iterdir()] == [folder(tmp_path, HARD).name]
+
+
+def test_a_stop_of_one_rank_is_a_stop_of_all_and_saves(tmp_path: Path) -> None:
+    launch = {"place": tmp_path, "ranks": 2, "words": [*HARD, "epochs=400"], "signal": signal.SIGTERM, "to": [1]}
+    (done,) = launched(launch)
+    assert done["codes"] == [75, 75], said(tmp_path)
+    assert status_of(folder(tmp_path, launch["words"]))["state"] == "preempted"
+
+
+@pytest.mark.parametrize(("sent", "to"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
+def test_a_rank_that_dies_or_hangs_ends_all_and_the_folder_goes_on(
+    tmp_path: Path, sent: signal.Signals, to: int
+) -> None:
+    words = [*HARD, "epochs=200"]
+    disturbed = {"place": tmp_path, "ranks": 2, "words": words, "signal": sent, "to": [to], "patience": 4}
+    (done,) = launched(disturbed)
+    assert done["codes"][1 - to] == 75, said(tmp_path)
+    assert done["codes"][to] == -signal.SIGKILL
+    assert done["seconds"] < 20
+    if to == 1:
+        assert status_of(folder(tmp_path, words))["state"] == "preempted"
+    assert list(folder(tmp_path, words).glob("checkpoints/step-*.json"))
+
+
+def test_other_ranks_than_before_go_on_and_say_that_it_is_not_exact(tmp_path: Path) -> None:
+    words = [*HARD, "epochs=60"]
+    killed = {"place": tmp_path, "ranks": 3, "words": words, "signal": signal.SIGKILL, "to": [0, 1, 2]}
+    done = launched(killed, {"place": tmp_path, "ranks": 2, "words": words})
+    assert done[1]["codes"] == [0, 0], said(tmp_path)
+    assert "exact resume: no, because world was 3, is 2" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_too_few_images_for_the_ranks_are_refused(tmp_path: Path) -> None:
+    (done,) = launched({"place": tmp_path, "ranks": 3, "words": [*PLAIN, "quant=none", "batch_size=4", "epochs=1"]})
+    assert 78 in done["codes"], said(tmp_path)
+    assert "each needs two" in said(tmp_path)
+
+
+def test_alone_every_collective_is_the_plain_thing() -> None:
+    world = World(Place())
+    share = world.share(5, stop=True)
+    assert (share.images, share.weight, share.stop) == (5, 1.0, False)
+    assert world.first_says("x") == "x"
+    assert world.gathered(3) == [3]
+    assert world.shard() == {"rank": 0, "world": 1}
+
+
+# The real torchrun ------------------------------------------------------------------------------------------------------
+
+
+def torchrun(place: Path, words: list[str], *options: str) -> "subprocess.Popen[bytes]":
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        *options,
+        "-m",
+        "runner",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (place / "log").open("ab") as log:
+        return subprocess.Popen(
+            [*command, *words], cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def ranks_of(agent: int) -> list[int]:
+    """The ranks that an agent has started, in no order."""
+    return [int(child) for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+
+
+def wait_for_checkpoint(path: Path, agent: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 180
+    while not list(path.glob("checkpoints/step-*.json")) and agent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_torchrun_restarts_after_a_dead_rank_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    words = [*HARD, "epochs=60"]
+    agent = torchrun(tmp_path, words, "--max-restarts=1")
+    wait_for_checkpoint(folder(tmp_path, words), agent)
+    os.kill(ranks_of(agent.pid)[-1], signal.SIGKILL)
+    assert agent.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert "goes on after step" in (tmp_path / "log").read_text()
+    launched({"place": tmp_path / "alone", "ranks": 2, "words": words})
+    assert fingerprint(folder(tmp_path, words)).differences(fingerprint(folder(tmp_path / "alone", words))) == []
+
+
+def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
+    words = [*HARD, "epochs=2000"]
+    agent = torchrun(tmp_path, words)
+    wait_for_checkpoint(folder(tmp_path, words), agent)
+    ranks = ranks_of(agent.pid)
+    assert len(ranks) == 2
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
