@@ -25,7 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "write a trained model for others: export checkpoint=PATH format=packed|onnx|safetensors",
     ),
     "predict": ("runner.predict:predict", "classify images: predict FILE IMAGE …"),
-    "dashboard": ("runner.verbs:dashboard", "draw the dashboard of run folders again: dashboard FOLDER …"),
+    "dashboard": (
+        "runner.pages.command:dashboard",
+        "follow runs in a browser: dashboard [FOLDER …] [--open | --compare | --write]",
+    ),
 }
 SWEEP = {"-m", "--multirun"}
 MEANINGS = {

@@ -85,18 +85,3 @@ def _changes(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     firsts = {i for i in range(len(rows)) if i == 0 or rows[i]["phase"] != rows[i - 1]["phase"]}
     shown = sorted(firsts | set(range(0, len(rows), every)) | {len(rows) - 1})
     return [{k: round(v, 8) if isinstance(v, float) else v for k, v in rows[i].items()} for i in shown]
-
-
-def dashboard(words: Sequence[str]) -> int:
-    """Draw the pages of run folders again."""
-    from runner.pages.dashboard import write_dashboard
-    from runner.pages.records import find_runs
-
-    folders = [path for word in words or ["outputs"] for path in find_runs(Path(word))]
-    if not folders:
-        raise ConfigError(
-            [Fault("", f"no run folder in {', '.join(words) or 'outputs'}; a run folder holds a metrics.csv")]
-        )
-    for folder in folders:
-        print(write_dashboard(folder).resolve())
-    return int(Exit.DONE)

@@ -57,7 +57,7 @@
   }
 
   function read() {
-    runs = [...Page.named("runs").data.run].map((row) => JSON.parse(row));
+    runs = [...Page.named("runs").data.run].map((row) => JSON.parse(row)).filter((run) => run.id);  // live: some are not read yet
     base = Page.page.base;
     keys = Comparison.differingKeys(runs, base);
     const byKey = keys.map((key) => [key, key]);

@@ -12,7 +12,7 @@ from bokeh.models import ColumnDataSource
 
 from runner.pages.compare_figures import cost_charts, curve_chart
 from runner.pages.curves import zoom_buttons
-from runner.pages.entries import COSTS, MOST_CURVES, Entry, base_of, encoded, entry_of, points_for
+from runner.pages.entries import COSTS, MOST_CURVES, Costs, Entry, base_of, encoded, entry_of, points_for
 from runner.pages.figures import Sheet
 from runner.pages.page import page, text, write_page
 from runner.pages.records import read_run
@@ -30,9 +30,9 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     place = path.parent.resolve()
     entries = entries_of(folders, lambda folder: os.path.relpath(folder.resolve() / "dashboard.html", place))
     sheet = Sheet({})
-    body = comparison_body(sheet, entries, f"{len(entries):,} runs")
+    body = comparison_body(sheet, [entry["costs"] for entry in entries], f"{len(entries):,} runs")
     base = base_of(entry["settings"] for entry in entries)
-    sheet.document.add_root(rows_source(entries, base))
+    add_rows(sheet, [encoded(entry, base) for entry in entries])
     return write_page(path, page("Comparison", body, sheet.embed(base=base, costs=costs_in_words()), SCRIPTS))
 
 
@@ -55,15 +55,17 @@ def costs_in_words() -> dict[str, dict[str, object]]:
     return {key: {"title": cost.title, "scale": cost.scale} for key, cost in COSTS.items()}
 
 
-def rows_source(entries: Iterable[Entry], base: dict[str, str]) -> ColumnDataSource:
-    """The rows, where compare.js looks for them."""
-    return ColumnDataSource({"run": [encoded(entry, base) for entry in entries]}, name="runs")
+def add_rows(sheet: Sheet, rows: Sequence[str]) -> ColumnDataSource:
+    """Put the rows where compare.js looks for them."""
+    source = ColumnDataSource({"run": list(rows)}, name="runs")
+    sheet.document.add_root(source)
+    return source
 
 
-def comparison_body(sheet: Sheet, entries: Sequence[Entry], subtitle: str) -> str:
+def comparison_body(sheet: Sheet, costs: Iterable[Costs], subtitle: str) -> str:
     """Everything between <body> and the scripts; what depends on the rows is left to compare.js."""
     curves = curve_chart(sheet)
-    costs = "".join(cost_charts(sheet, entries))
+    charts = "".join(cost_charts(sheet, costs))
     return f"""<header><h1>Comparison</h1><p>{text(subtitle)}</p></header>
 <main>
 <details class="notice" id="broken" hidden><summary id="broken-count"></summary><ul id="broken-list"></ul></details>
@@ -83,7 +85,7 @@ def comparison_body(sheet: Sheet, entries: Sequence[Entry], subtitle: str) -> st
 <h2>Accuracy against cost</h2>
 <div class="controls">{_select("goal", "Accuracy", ())}
 <span class="small quiet">A dotted line joins what nothing else beats at the same or a lower cost (the Pareto front).</span></div>
-<div class="even">{costs}</div>
+<div class="even">{charts}</div>
 {_table("results", "Results", "One row a configuration; mean ± standard deviation over seeds; a click on a heading sorts")}
 {_table("settings", "Differing keys", "Only the keys in which these configurations differ")}
 <p id="settings-none" hidden>These runs differ in nothing but the seed.</p>

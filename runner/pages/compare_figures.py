@@ -8,7 +8,7 @@ import numpy as np
 from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 
-from runner.pages.entries import COSTS, Entry
+from runner.pages.entries import COSTS, Costs
 from runner.pages.figures import Sheet, set_type
 
 LINE_TIP = [("", "@label"), ("n", "@n"), ("@axis", "$snap_x{0,0.[00]}"), ("mean", "$snap_y{%.6g}")]
@@ -19,10 +19,10 @@ def curve_chart(sheet: Sheet) -> str:
     """Mean curves with bands over seeds."""
     plot = sheet.plot(DataRange1d(), logarithmic=False)
     plot.xaxis.axis_label = "epochs completed"
-    empty: dict[str, list[object]] = {"xs": [], "ys": [], "colour": []}
+    empty: dict[str, Any] = {"xs": [], "ys": [], "colour": [], "alpha": []}
     bands = ColumnDataSource(dict(empty), name="bands")
     plot.patches("xs", "ys", source=bands, fill_color="colour", fill_alpha="alpha", line_alpha=0)
-    lines = ColumnDataSource(empty | {key: [] for key in ("dash", "alpha", "label", "n", "axis")}, name="lines")
+    lines = ColumnDataSource(empty | {key: [] for key in ("dash", "label", "n", "axis")}, name="lines")
     drawn = plot.multi_line(
         "xs", "ys", source=lines, line_color="colour", line_dash="dash", line_alpha="alpha", line_width=2.2
     )
@@ -37,12 +37,12 @@ def curve_chart(sheet: Sheet) -> str:
     return sheet.host(plot, "curves", "Curves", "major", "Curves of every configuration.", [])
 
 
-def cost_charts(sheet: Sheet, entries: Iterable[Entry]) -> list[str]:
+def cost_charts(sheet: Sheet, costs: Iterable[Costs]) -> list[str]:
     """Accuracy against every cost that some run knows and that is not the same for all."""
-    entries = list(entries)
+    costs = list(costs)
     charts = []
     for key, cost in COSTS.items():
-        known = [entry["costs"][key] / cost.scale for entry in entries if entry["costs"][key] is not None]
+        known = [found / cost.scale for one in costs if (found := one[key]) is not None]
         charts.append(_cost_chart(sheet, key, cost.title, np.array(known)))
     return charts
 

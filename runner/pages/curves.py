@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from bokeh.document import Document
 from bokeh.models import ColumnDataSource
 
 from runner.pages.figures import MOST_CELLS, Axis, Panel, Series, Sheet, source_of
@@ -63,10 +64,10 @@ HEALTH = {
 }
 
 
-def curve_section(run: Run) -> tuple[str, Sheet]:
-    """The curves of a run as HTML, and the sheet that holds their figures."""
+def curve_section(run: Run, document: Document | None = None) -> tuple[str, Sheet]:
+    """The curves of a run as HTML, and the sheet that holds their figures, in a document of its own where none is given."""
     points, axes = _positions(run.metrics, run.timing)
-    sheet = Sheet(axes, _phases(points, axes))
+    sheet = Sheet(axes, _phases(points, axes), document or Document())
     if points.empty:
         return "<h2>Curves</h2><p>No epoch has ended yet.</p>", sheet
     shown = _with_start(_thinned(points), axes)
@@ -131,10 +132,14 @@ def health_section(run: Run, sheet: Sheet) -> str:
     )
     options = "".join(f'<option value="plot-health-{kind}">{text(HEALTH[kind])}</option>' for kind in kinds)
     choice = f'<p class="choice"><label>Show <select data-figures>{options}</select></label></p>'
-    return f'<h2>Quantizer health</h2>{choice}<div class="heat">{maps}</div>{_last_health(run, kinds)}'
+    return f'<h2>Quantizer health</h2>{choice}<div class="heat">{maps}</div>'
 
 
-def _last_health(run: Run, kinds: list[str]) -> str:
+def last_health(run: Run) -> str:
+    """The figures of the last epoch as a table; empty where there is none."""
+    kinds = [kind for kind in HEALTH if run.quant[kind].notna().any()]
+    if not kinds:
+        return ""
     last = run.quant[run.quant["epoch"] == run.quant["epoch"].max()]
     columns = [Column("layer", "layer", numeric=False), *(Column(kind, HEALTH[kind]) for kind in kinds)]
     rows = [{str(key): value for key, value in row.items()} for row in last.to_dict("records")]

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from bokeh.document import Document
 
 from runner.columns import LAYERS
-from runner.pages.curves import curve_section, health_section, timeline_section
+from runner.pages.curves import curve_section, health_section, last_health, timeline_section
+from runner.pages.figures import Sheet
 from runner.pages.headlines import headlines
 from runner.pages.page import NOTHING, Column, number, page, plain, table, text, write_page
 from runner.pages.records import Run, read_run
@@ -53,24 +55,36 @@ def write_dashboard(folder: Path, defaults: dict[str, object] | None = None) -> 
     the folder is taken. Raises StorageError where the page cannot be written.
     """
     run = read_run(folder)
-    curves, figures = curve_section(run)
-    health = health_section(run, figures)
-    body = "\n".join(
-        [
-            _header(run),
-            "<main>",
-            _problems(run),
-            headlines(run),
-            curves,
-            _metrics_table(run),
-            health,
-            _layers(run),
-            _settings(run, defaults if defaults is not None else _saved_defaults(run.folder)),
-            "</main>",
-            f"<footer>{text(run.folder.name)}. Drawn from the CSV files beside this page.</footer>",
-        ]
+    body, sheet = run_body(run, defaults)
+    return write_page(run.folder / "dashboard.html", page(run.name, body, sheet.embed()))
+
+
+def run_body(
+    run: Run, defaults: dict[str, object] | None = None, document: Document | None = None
+) -> tuple[str, Sheet]:
+    """Everything between <body> and the scripts, and the sheet with the figures; its parts are marked for live pages."""
+    curves, sheet = curve_section(run, document)
+    health = health_section(run, sheet)
+    part = {name: f'<div data-part="{name}">{html}</div>' for name, html in run_parts(run, defaults).items()}
+    body = (
+        f"{part['header']}<main>{part['problems']}{part['headlines']}{curves}{part['epochs']}{health}{part['health']}"
+        f"{part['layers']}{part['settings']}</main>"
+        f"<footer>{text(run.folder.name)}. Drawn from the CSV files beside this page.</footer>"
     )
-    return write_page(run.folder / "dashboard.html", page(run.name, body, figures.embed()))
+    return body, sheet
+
+
+def run_parts(run: Run, defaults: dict[str, object] | None = None) -> dict[str, str]:
+    """What a run page says beside its charts, part by part."""
+    return {
+        "header": _header(run),
+        "problems": _problems(run),
+        "headlines": headlines(run),
+        "epochs": _metrics_table(run),
+        "health": last_health(run),
+        "layers": _layers(run),
+        "settings": _settings(run, defaults if defaults is not None else _saved_defaults(run.folder)),
+    }
 
 
 def write_timeline(rows: list[dict[str, object]], path: Path, title: str) -> Path:

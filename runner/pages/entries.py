@@ -49,6 +49,7 @@ COSTS = {
     "epoch_seconds": Cost("Time of an epoch (s)"),
 }
 Entry = dict[str, Any]
+Costs = dict[str, float | None]
 
 
 def identity(folder: Path) -> str:
@@ -120,7 +121,7 @@ def points_for(runs: int) -> int:
     return max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // max(runs, 1)))
 
 
-def _costs(run: Run) -> dict[str, float | None]:
+def _costs(run: Run) -> Costs:
     summary, timing, layers = run.summary, run.timing, run.layers
     macs = summary.get("macs")
     seconds = timing["seconds"].median() if len(timing) else None

@@ -43,7 +43,7 @@ const Page = (() => {
   }
 
   // The columns x, left and right hold the position on the chosen axis; x_step, left_step ... all positions.
-  function chooseAxis(name) {
+  function chooseAxis(name, keep = false) {
     const {label, end} = page.axes[name];
     for (const source of models("ColumnDataSource")) {
       const chosen = {};
@@ -56,7 +56,7 @@ const Page = (() => {
     for (const ticker of models("BasicTicker")) {
       if (ticker.name === "x") ticker.min_interval = name === "time" ? 0 : 1;
     }
-    reach(...end);
+    reach(...end, keep);
   }
 
   // What there is to see reaches from start to end; a part that somebody has zoomed to stays, unless all of it is to be shown.

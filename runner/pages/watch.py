@@ -1,0 +1,95 @@
+"""Following run folders: what is there, what changed since last time; finished runs are looked at less often than running ones.
+
+Whatever a folder holds, it gives a row (`runner.pages.entries`), if need be one that says what is wrong with it. Rows are
+kept as the text that a page gets, so that ten thousand runs fit into little memory.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.pages.entries import Costs, base_of, encoded, entry_of, identity, points_for, settings_of
+from runner.pages.records import RUN_FILES, find_runs, read_run
+
+LEISURE = 20  # a search of all folders pauses for that many times as long as it took
+SETTLED = {"done", "failed", "diverged", "preempted", "broken"}
+Stamp = tuple[tuple[str, int, int], ...]
+
+
+@dataclass
+class Followed:
+    """A run folder: its row, and by what to see that it changed."""
+
+    folder: Path
+    stamp: Stamp = ()
+    row: str = ""
+    state: str = ""
+    costs: Costs | None = None
+    version: int = 0
+
+
+class Watch:
+    """All runs below some folders. `refresh` looks for changes; `version` grows with every row that changes."""
+
+    def __init__(self, roots: Sequence[Path], link: str = "run?id=") -> None:
+        self.roots, self._link = list(roots), link
+        self.runs: dict[str, Followed] = {}
+        self.version = self.places = 0  # `places` grows when a run appears or vanishes
+        self.base: dict[str, str] = {}
+        self._next_search = 0.0
+        self._pending: list[Followed] = []
+
+    def refresh(self, patience: float = 0.5) -> None:
+        """Look for changes; what takes longer than `patience` seconds goes on at the next call."""
+        start = time.monotonic()
+        if start >= self._next_search:
+            self._search()
+            self._next_search = time.monotonic() + LEISURE * (time.monotonic() - start)
+        else:
+            running = [run for run in self.runs.values() if run.state not in SETTLED]
+            self._pending += [run for run in running if run not in self._pending]
+        if not self.base:
+            self.base = base_of(settings_of(read_run(run.folder)) for run in self._pending[:200])
+        while self._pending and time.monotonic() - start < patience:
+            self._read(self._pending.pop(0))
+
+    def since(self, version: int) -> Iterator[tuple[int, str]]:
+        """The rows that changed after `version`, each with its place."""
+        for place, run in enumerate(self.runs.values()):
+            if run.version > version:
+                yield place, run.row
+
+    def _search(self) -> None:
+        found = {identity(folder): folder for root in self.roots for folder in find_runs(root)}
+        gone = [key for key in self.runs if key not in found]
+        for key in gone:
+            del self.runs[key]
+        self.places += bool(gone)
+        for key, folder in found.items():
+            if key not in self.runs:
+                self.runs[key] = Followed(folder)
+                self.places += 1
+        self._pending = list(self.runs.values())
+
+    def _read(self, followed: Followed) -> None:
+        stamp = _stamp(followed.folder)
+        if stamp == followed.stamp:
+            return
+        entry = entry_of(read_run(followed.folder), self._link + identity(followed.folder), points_for(len(self.runs)))
+        self.version += 1
+        followed.stamp, followed.version = stamp, self.version
+        followed.row, followed.state, followed.costs = encoded(entry, self.base), entry["state"], entry["costs"]
+
+
+def _stamp(folder: Path) -> Stamp:
+    """Sizes and times of the files of a run."""
+    found = []
+    for name in sorted(RUN_FILES | {"config.yaml"}):
+        try:
+            status = os.lstat(folder / name)
+        except OSError:
+            continue
+        found.append((name, status.st_size, status.st_mtime_ns))
+    return (*found, ("", 0, 0))  # never empty: a folder without files was read, too
