@@ -184,6 +184,27 @@ def page(title: str, body: str, figures: str, scripts: Sequence[str] = ("page.js
 """
 
 
+def still_page(title: str, body: str) -> str:
+    """A page without scripts, in the same look."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{text(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{_own("page.css")}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
 def _own(name: str) -> str:
     return (files("runner.pages") / name).read_text(encoding="utf-8")
 

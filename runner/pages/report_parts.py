@@ -1,0 +1,151 @@
+"""What a report says, before any format: tables, figures, and sentences that are made of numbers which are there."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.pages.records import read_run
+from runner.pages.report_pictures import Picture, pictures
+from runner.pages.report_words import discussion
+from runner.pages.results import Group, Row, by_task, groups_of, spread
+from runner.pages.settings import flatten, shown
+
+NOT_RUN = "not run"
+HEADINGS = (
+    "network", "data", "quantizer", "epochs", "n", "test accuracy, %", "minus float, points",
+    "saved for backward, KiB an image", "peak memory, MiB", "packed, KiB", "training, s an epoch",
+)  # fmt: skip
+HYPER = (
+    "regime.phases",
+    "data_regime.phases",
+    "dataset.augment",
+    "dataset.val",
+    "trainer.",
+    "quant.",
+    "classifier.",
+    "regularizer.",
+)
+NO_HYPER = ("trainer.threads", "trainer.device", "trainer.progress", "trainer.dashboard", "trainer.checkpoint_every")
+ENVIRONMENT = ("cpu", "threads", "torch", "code")
+
+
+@dataclass
+class Table:
+    """Headings and rows of texts."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class Report:
+    """All parts, in the order of reading."""
+
+    results: Table
+    discussion: list[str]
+    pictures: list[Picture]
+    tables: list[Table]
+    holes: list[str]
+    groups: list[Group] = field(default_factory=list)
+
+
+def make_report(rows: Sequence[Row], bench: Sequence[Path]) -> Report:
+    """Everything that can be said about the rows and about the benchmarks found in the folders `bench`."""
+    groups = groups_of(rows)
+    records = list(bench_records(bench))
+    return Report(
+        results=results_table(groups),
+        discussion=list(discussion(groups, records)),
+        pictures=list(pictures(groups, records)),
+        tables=list(_settings_tables(groups)),
+        holes=list(_holes(groups, records)),
+        groups=groups,
+    )
+
+
+def results_table(groups: Sequence[Group]) -> Table:
+    """One line a configuration; columns of which nothing is known are left out."""
+    lines = [_line(group) for group in groups]
+    filled = [index for index in range(len(HEADINGS)) if any(line[index] for line in lines)]
+    rows = [[line[index] for index in filled] for line in lines]
+    return Table("Results", [HEADINGS[index] for index in filled], rows)
+
+
+def _line(group: Group) -> list[str]:
+    difference = "" if group.quant == "none" else str(group.difference() or "no float run")
+    return [
+        group.model, group.dataset, group.label, str(group.epochs), str(len(group.rows)),
+        spread([row["test_top1"] for row in group.rows]), difference,
+        _mean(group, "saved_bytes_per_sample", 1024, "{:.1f}"), _mean(group, "peak_memory_bytes", 2**20, "{:,.0f}"),
+        _mean(group, "packed_bytes", 1024, "{:,.0f}"), _mean(group, "train_seconds", group.epochs, "{:.1f}"),
+    ]  # fmt: skip
+
+
+def _mean(group: Group, key: str, unit: float, form: str) -> str:
+    mean = group.mean(key)
+    return "" if mean is None else form.format(mean / unit)
+
+
+def bench_records(folders: Sequence[Path]) -> Iterable[dict[str, Any]]:
+    """What `bench conv` and `bench step` left, as far as it can be read."""
+    for path in sorted(path for folder in folders for path in folder.glob("*.json")):
+        kind = path.name.partition("-")[0]
+        try:
+            record = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if kind in ("conv", "step") and isinstance(record, dict) and record.get("rows"):
+            yield {**record, "kind": kind, "name": path.stem}
+
+
+def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:
+    """Hyper-parameters that all configurations share, those in which they differ, and what it all was measured on."""
+    configs = {f"{group.model} {group.dataset} {group.label}": _hyper(group) for group in groups}
+    keys = list(dict.fromkeys(key for config in configs.values() for key in config))
+    same = {key for key in keys if len({config.get(key) for config in configs.values()}) == 1}
+    if keys:
+        yield Table(
+            "Hyper-parameters of all runs",
+            ["key", "value"],
+            [[k, next(iter(configs.values()))[k]] for k in keys if k in same],
+        )
+    differing = [key for key in keys if key not in same]
+    if differing:
+        rows = [[key, *(config.get(key, "—") for config in configs.values())] for key in differing]
+        yield Table("Hyper-parameters that differ", ["key", *configs], rows)
+    rows = [
+        [key, ", ".join(sorted({str(row.get(key, "")) for group in groups for row in group.rows}))]
+        for key in ENVIRONMENT
+    ]
+    yield Table("Environment", ["what", "value"], rows)
+
+
+def _hyper(group: Group) -> dict[str, str]:
+    """From the config of one run; from the words of its command where only a CSV is left."""
+    row = group.rows[0]
+    if "folder" in row:
+        flat = flatten(read_run(row["folder"]).config)
+        chosen = {key: shown(value) for key, value in flat.items() if key.startswith(HYPER)}
+        return {k: v for k, v in chosen.items() if v != "null" and not k.startswith(NO_HYPER) and ".rules." not in k}
+    words = [word.partition("=") for word in str(row.get("command", "")).split() if "=" in word]
+    said = {key: value for key, _, value in words if key.startswith(HYPER) and not key.startswith(NO_HYPER)}
+    return {"epochs": str(group.epochs)} | said
+
+
+def _holes(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """Configurations that other networks, data sets or seeds have, and benchmarks that were not run."""
+    labels = list(dict.fromkeys(group.label for group in groups))
+    for (model, dataset, epochs), members in by_task(groups):
+        here = {group.label: {row["seed"] for row in group.rows} for group in members}
+        seeds = sorted(set().union(*here.values()))
+        for label in labels:
+            if label not in here:
+                yield f"{model}, {dataset}, {epochs} epochs, {label}: {NOT_RUN}"
+            elif lost := [seed for seed in seeds if seed not in here[label]]:
+                yield f"{model}, {dataset}, {epochs} epochs, {label}, seed {', '.join(map(str, lost))}: {NOT_RUN}"
+    for kind in ("conv", "step"):
+        if all(record["kind"] != kind for record in records):
+            yield f"bench {kind}: {NOT_RUN}"

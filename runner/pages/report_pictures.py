@@ -1,0 +1,132 @@
+"""The figures of a report: accuracy against cost, curves, and what the benchmarks measured."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.pages import svg
+from runner.pages.records import read_run
+from runner.pages.results import Group, by_task, deviation
+
+
+@dataclass
+class Picture:
+    """A figure: a name for its file, what is said below it, and itself."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+def pictures(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[Picture]:
+    """All of them, those of the runs first."""
+    yield from _accuracy_pictures(groups)
+    for task, members in by_task(groups):
+        if picture := _curves(task, members):
+            yield picture
+    for record in records:
+        yield from bench_pictures(record)
+
+
+def _accuracy_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
+    costs = {
+        "packed_bytes": ("packed size", "packed size, KiB"),
+        "saved_bytes_per_sample": ("bytes saved for backward", "saved for backward, KiB an image"),
+    }
+    for (model, dataset, epochs), members in by_task(groups):
+        for key, (name, axis) in costs.items():
+            known = [(mean / 1024, group) for group in members if (mean := group.mean(key))]
+            if len(known) < 2:
+                continue
+            series = [_point(cost, group) for cost, group in known]
+            chart = svg.Chart(
+                f"{model} on {dataset}, {epochs} epochs: accuracy and {name}", axis, "test accuracy, %", series,
+                logarithmic=max(cost for cost, _ in known) > 8 * min(cost for cost, _ in known),
+                front=pareto([(cost, one.y[0]) for (cost, _), one in zip(known, series, strict=True)]),
+            )  # fmt: skip
+            caption = (
+                f"{model} on {dataset}: test accuracy (mean, ± standard deviation over seeds) against {name}; "
+                "dotted: the Pareto front."
+            )
+            yield Picture(f"{model}-{dataset}-{epochs}-{key.split('_')[0]}", caption, chart.svg())
+
+
+def _point(cost: float, group: Group) -> svg.Series:
+    values = [row["test_top1"] for row in group.rows]
+    mean = sum(values) / len(values)
+    sd = deviation(values) if len(values) > 1 else 0.0
+    return svg.Series(group.label, [cost], [mean], [mean - sd], [mean + sd], lines=False)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other point beats at the same or a lower cost.
+
+    >>> pareto([(3, 5), (1, 2), (2, 1), (2, 4)])
+    [(1, 2), (2, 4), (3, 5)]
+    """
+    front: list[tuple[float, float]] = []
+    for cost, reached in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or reached > front[-1][1]:
+            front.append((cost, reached))
+    return front
+
+
+def _curves(task: tuple[str, str, int], members: Sequence[Group]) -> Picture | None:
+    """Mean validation accuracy with a band over seeds, of runs whose folders are there."""
+    model, dataset, epochs = task
+    series = [one for group in members if (one := _curve(group))]
+    if not series or all(len(one.x) < 2 for one in series):
+        return None
+    title = f"{model} on {dataset}: validation accuracy"
+    chart = svg.Chart(title, "epochs completed", "validation top-1, %", series)
+    return Picture(
+        f"{model}-{dataset}-{epochs}-curves", f"{title}, mean and ± standard deviation over seeds.", chart.svg()
+    )
+
+
+def _curve(group: Group) -> svg.Series | None:
+    curves = [read_run(row["folder"]).metrics["val_top1"].dropna().tolist() for row in group.rows if "folder" in row]
+    length = min(map(len, curves), default=0)
+    if not length:
+        return None
+    columns = [[curve[epoch] for curve in curves] for epoch in range(length)]
+    means = [sum(column) / len(column) for column in columns]
+    sds = [deviation(column) if len(column) > 1 else 0.0 for column in columns]
+    low = [mean - sd for mean, sd in zip(means, sds, strict=True)]
+    high = [mean + sd for mean, sd in zip(means, sds, strict=True)]
+    return svg.Series(group.label, list(range(1, length + 1)), means, low, high)
+
+
+def bench_pictures(record: dict[str, Any]) -> Iterable[Picture]:
+    """Bars of training steps, curves of convolutions."""
+    rows, name = record["rows"], record["name"]
+    if record["kind"] == "step":
+        title = f"{record['facts'].get('model', '')}, batch {record['facts'].get('batch', '')}"
+        labels = [row["name"] for row in rows]
+        ranges = [(row["time_low"], row["time_high"]) for row in rows]
+        for key, words in (("time", "time of a training step"), ("saved", "bytes saved for backward")):
+            picture = svg.bars(
+                f"{title}: {words}, float32 = 1",
+                labels,
+                [row[key] for row in rows],
+                ranges if key == "time" else [None] * len(rows),
+            )
+            yield Picture(
+                f"{name}-{key}", f"{title}: {words} as a ratio to float32 measured in the same process.", picture
+            )
+        return
+    drawn = (("kernel_speedup", "kernel"), ("alpha_speedup", "with packing and alpha"), ("alpha_k_speedup", "with alpha and K"),
+             ("paper", "formula of the paper"))  # fmt: skip
+    for part, axis, key in (("channels", "input channels", "in_channels"), ("filter", "filter width", "kernel")):
+        mine = sorted((row for row in rows if row["figure"] == part), key=lambda row: row[key])
+        if mine:
+            series = [
+                svg.Series(words, [row[key] for row in mine], [row[column] for row in mine]) for column, words in drawn
+            ]
+            chart = svg.Chart(
+                f"Binary convolution: speedup over {part}", axis, "speedup over float32", series,
+                logarithmic=part == "channels" and len(mine) > 1, from_zero=True, level=1.0,
+            )  # fmt: skip
+            yield Picture(
+                f"{name}-{part}", f"Speedup of the packed binary convolution over float32, by {axis}.", chart.svg()
+            )

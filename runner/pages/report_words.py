@@ -1,0 +1,89 @@
+"""The sentences of a report, made of numbers that are there and of nothing else."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from runner.pages.results import Group, by_task, spread
+
+
+def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """Sentences, a paragraph for each network and data set and one for each benchmark."""
+    for (model, dataset, epochs), members in by_task(groups):
+        sentences = [*_about_accuracy(members), *_about_cost(members)]
+        runs = sum(len(group.rows) for group in members)
+        yield f"{model} on {dataset}, {_count(epochs, 'epoch')}, {_count(runs, 'run')}: " + " ".join(sentences)
+    for record in records:
+        if sentence := _about_bench(record):
+            yield sentence
+
+
+def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
+    floats = [group for group in members if group.quant == "none"]
+    low_bit = [(difference, group) for group in members if (difference := group.difference())]
+    for group in floats:
+        yield f"float reaches {spread([row['test_top1'] for row in group.rows])} %."
+    if not low_bit:
+        yield "No quantized run has a float run of the same seed to be compared with."
+        return
+    ordered = sorted(low_bit, key=lambda pair: -pair[0].mean)
+    best, worst = ordered[0], ordered[-1]
+    yield f"Of the others the best is {best[1].label} ({best[0]} points, n = {best[0].n})."
+    if worst is not best:
+        yield f"The last is {worst[1].label} ({worst[0]} points, n = {worst[0].n})."
+    told = [group.label for difference, group in ordered if difference.certain]
+    same = [group.label for difference, group in ordered if difference.half is not None and not difference.certain]
+    if told:
+        yield f"The 95 % interval of the difference leaves out 0 for {_listed(told)}."
+    if same:
+        yield f"With these seeds {_listed(same)} cannot be told from float."
+    few = [group.label for difference, group in ordered if difference.half is None]
+    if few:
+        yield f"Too few seeds for an interval: {_listed(few)}."
+
+
+def _about_cost(members: Sequence[Group]) -> Iterable[str]:
+    base = next((group for group in members if group.quant == "none"), None)
+    wanted = (("packed_bytes", "The smallest network on disk is that of", 1024.0, "KiB"),
+              ("saved_bytes_per_sample", "Least is saved for backward by", 1024.0, "KiB an image"))  # fmt: skip
+    for key, words, unit, name in wanted:
+        known = [(mean, group) for group in members if (mean := group.mean(key)) is not None]
+        if len(known) < 2:
+            continue
+        least, group = min(known, key=lambda pair: pair[0])
+        usual = base.mean(key) if base else None
+        ratio = f", {usual / least:.1f} times less than float" if usual and group is not base and least else ""
+        yield f"{words} {group.label}: {least / unit:,.1f} {name}{ratio}."
+    times = [(mean / group.epochs, group) for group in members if (mean := group.mean("train_seconds"))]
+    machines = {tuple(str(row.get(key)) for key in ("cpu", "threads")) for group in members for row in group.rows}
+    if len(times) > 1 and len(machines) == 1:
+        (fast, first), (slow, last) = min(times, key=lambda p: p[0]), max(times, key=lambda p: p[0])
+        yield f"An epoch took from {fast:.1f} s ({first.label}) to {slow:.1f} s ({last.label})."
+
+
+def _about_bench(record: dict[str, Any]) -> str:
+    facts, rows = record.get("facts", {}), record["rows"]
+    where = f"{facts.get('threads', '?')} thread(s) of {facts.get('cpu', 'an unknown processor')}"
+    if record["kind"] == "conv":
+        best = max(rows, key=lambda row: row["kernel_speedup"])
+        return (
+            f"Packed binary convolution on {where}: up to {best['kernel_speedup']:.1f} times as fast as float32 "
+            f"({best['in_channels']} channels, filter {best['kernel']} x {best['kernel']}), {best['alpha_speedup']:.1f} times "
+            "with packing and scaling."
+        )
+    others = [row for row in rows if row["name"] != row["against"]]
+    if not others:
+        return ""
+    fast, lean = min(others, key=lambda row: row["time"]), min(others, key=lambda row: row["saved"])
+    return (
+        f"One training step of {facts.get('model', '?')}, batch {facts.get('batch', '?')}, on {where}: the fastest quantized "
+        f"step is {fast['name']}'s, {fast['time']:.2f} of the time of float32; {lean['name']} saves least for backward, "
+        f"{lean['saved']:.2f} of the bytes of float32."
+    )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

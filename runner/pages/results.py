@@ -1,0 +1,198 @@
+"""Results of finished runs: one row a run, grouped over seeds, with spread and differences to float.
+
+A difference to float is paired by seed, with a 95 % confidence interval (Student's t) from three seeds on. No torch here.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from runner.pages.records import find_runs
+
+ROW = (
+    "model", "dataset", "quant", "settings", "seed", "epochs", "test_top1", "best_val_top1", "train_seconds", "images_per_s",
+    "saved_bytes_per_sample", "peak_memory_bytes", "float_bytes", "packed_bytes", "cpu", "threads", "torch", "code", "command",
+)  # fmt: skip
+NUMBERS = {
+    "test_top1",
+    "best_val_top1",
+    "train_seconds",
+    "images_per_s",
+    "saved_bytes_per_sample",
+    "float_bytes",
+    "packed_bytes",
+    "peak_memory_bytes",
+}
+Row = dict[str, Any]
+
+
+def collect(paths: Iterable[Path]) -> list[Row]:
+    """One row a finished run: from run folders, or from CSV files that hold such rows already."""
+    rows: list[Row] = []
+    for path in paths:
+        if path.is_file():
+            rows += [_numbers(row) for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))]
+        else:
+            rows += [row for folder in find_runs(path) if (row := _row(folder)) is not None]
+    rows = list(
+        {(*_configuration(row), row["seed"]): row for row in rows}.values()
+    )  # a configuration counts once a seed
+    return sorted(
+        rows,
+        key=lambda row: (
+            row["dataset"],
+            row["model"],
+            row["quant"] != "none",
+            row["quant"],
+            row["settings"],
+            row["seed"],
+        ),
+    )
+
+
+def _row(folder: Path) -> Row | None:
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        environment = summary["environment"]
+        words = [
+            word
+            for word in summary["command"]
+            if word.startswith(("quant.", "regularizer", "classifier", "trainer.ema"))
+        ]
+        facts = {key: environment[key] for key in ("cpu", "threads", "torch", "code")}
+        own = {key: summary[key] for key in ROW if key in summary and key != "command"}
+        return (
+            own
+            | facts
+            | {"settings": " ".join(sorted(words)), "command": _public(summary["command"]), "folder": folder}
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _public(command: Sequence[str]) -> str:
+    """The command without what only says where things lay on somebody's machine."""
+    return " ".join(word for word in command if not word.startswith(("outputs=", "dataset.root=", "name=")))
+
+
+def _numbers(row: dict[str, str]) -> Row:
+    return {key: float(value) if key in NUMBERS and value else value for key, value in row.items()} | {
+        "seed": int(row["seed"])
+    }
+
+
+def _configuration(row: Row) -> tuple[Any, ...]:
+    return row["model"], row["dataset"], int(row["epochs"]), row["quant"], row["settings"]
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """The rows as they are."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ROW, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but the seed, and the float runs of the same network, data and length."""
+
+    model: str
+    dataset: str
+    epochs: int
+    quant: str
+    settings: str
+    rows: list[Row]
+    floats: list[Row] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The quantizer and what was set of it."""
+        return " ".join(filter(None, [self.quant, self.settings]))
+
+    @property
+    def task(self) -> tuple[str, str, int]:
+        """What only groups have in common that can be compared."""
+        return self.model, self.dataset, self.epochs
+
+    def values(self, key: str) -> list[float]:
+        """What every run says; empty where one of them does not know."""
+        found = [row.get(key) for row in self.rows]
+        return (
+            []
+            if any(value in (None, "") for value in found)
+            else [float(value) for value in found if value is not None]
+        )
+
+    def mean(self, key: str) -> float | None:
+        """Over the seeds; None where a run has no such figure."""
+        values = self.values(key)
+        return sum(values) / len(values) if values else None
+
+    def difference(self) -> "Difference | None":
+        """Accuracy minus that of float, over the seeds that both have; None where there is none, and for float itself."""
+        reached = {row["seed"]: row["test_top1"] for row in self.floats}
+        gaps = [row["test_top1"] - reached[row["seed"]] for row in self.rows if row["seed"] in reached]
+        if self.quant == "none" or not gaps:
+            return None
+        mean = sum(gaps) / len(gaps)
+        if len(gaps) < 3:
+            return Difference(mean, len(gaps), None)  # an interval from two differences says nothing
+        from scipy.stats import t
+
+        return Difference(mean, len(gaps), float(t.ppf(0.975, len(gaps) - 1)) * deviation(gaps) / len(gaps) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean over n pairs, and half of its 95 % interval where there is one."""
+
+    mean: float
+    n: int
+    half: float | None
+
+    def __str__(self) -> str:
+        if self.half is None:
+            return f"{self.mean:+.2f}"
+        return f"{self.mean:+.2f} [{self.mean - self.half:+.2f}, {self.mean + self.half:+.2f}]"
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.half is not None and abs(self.mean) > self.half
+
+
+def groups_of(rows: Iterable[Row]) -> list[Group]:
+    """One group a configuration, in the order of the rows."""
+    groups: dict[tuple[Any, ...], Group] = {}
+    for row in rows:
+        model, dataset, epochs, quant, settings = _configuration(row)
+        groups.setdefault(_configuration(row), Group(model, dataset, epochs, quant, settings, [])).rows.append(row)
+    floats = {group.task: group.rows for group in groups.values() if group.quant == "none" and not group.settings}
+    for group in groups.values():
+        group.floats = floats.get(group.task, [])
+    return list(groups.values())
+
+
+def by_task(groups: Sequence[Group]) -> Iterable[tuple[tuple[str, str, int], list[Group]]]:
+    """Groups that can be compared with each other."""
+    for task, members in groupby(sorted(groups, key=lambda group: group.task), key=lambda group: group.task):
+        yield task, list(members)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation (n - 1); the mean alone for a single run."""
+    mean = sum(values) / len(values)
+    return f"{mean:.2f} (one run)" if len(values) == 1 else f"{mean:.2f} ± {deviation(values):.2f}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample."""
+    mean = sum(values) / len(values)
+    return float((sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5)
