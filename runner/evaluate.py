@@ -17,7 +17,7 @@ from runner.environment import environment, pick_device, prepare
 from runner.faults import BadData, ConfigError, Fault, MissingInput
 from runner.files import write_json
 from runner.regime import data_setting_at
-from runner.schema import RunConfig
+from runner.schema import DatasetConfig, RunConfig
 from runner.screen import Screen
 from runner.train import evaluate
 from runner.weights import Weights, load_exactly, read_weights
@@ -116,13 +116,14 @@ class Wrapped(nn.Module):
 def _with_data_of(model: PackedModel, raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
     """The config of the command line with the data set of a packed file, changed by what was said of it.
 
-    Files come from anywhere: one may not choose what is downloaded, or where something is written.
+    The file says which images; how they are read, whether they may be downloaded and where copies are kept stays as it is here.
     """
     merged: dict[str, Any] = copy.deepcopy(dict(raw))
-    if isinstance(model.about.get("dataset"), dict) and "dataset" not in said:
-        merged["dataset"] = copy.deepcopy(model.about["dataset"]) | {"cache": None}
-        if "download" in merged["dataset"]:
-            merged["dataset"]["download"] = False
+    stored = model.about.get("dataset")
+    if isinstance(stored, dict) and "dataset" not in said and isinstance(raw["dataset"], dict):
+        here = {key: raw["dataset"][key] for key in DatasetConfig.model_fields.keys() & raw["dataset"].keys()}
+        given = {key: value for key, value in stored.items() if key not in ("cache", "download")}
+        merged["dataset"] = copy.deepcopy(here | given)
         _overlay(raw, merged, [key for key in said if key.startswith("dataset.")])
     if isinstance(merged["dataset"], dict):
         merged["dataset"] |= {"mean": list(model.preprocessing.mean), "std": list(model.preprocessing.std)}

@@ -10,17 +10,18 @@ from runner.export.fold import fold
 from runner.export.trace import trace
 from runner.sources import MemorySource
 
+WHICH_IMAGES = ("name", "input_size", "validation", "val_fraction", "split_seed")  # of the keys that all data sets have
+
 
 def packed_bytes(stored: Stored) -> bytes:
     """The content of the file."""
     config, data = stored.config, stored.data
-    dataset = config.dataset.model_dump(exclude={"arguments"}) | config.dataset.arguments
-    neutral = {key: None if key == "cache" else value for key, value in dataset.items() if key not in ("mean", "std")}
+    dataset = config.dataset.model_dump(include=set(WHICH_IMAGES)) | config.dataset.arguments
     about = {
         "model": config.model.name,
         "quant": config.quant.name,
         "batch_size": stored.sizes["batch_size"],
-        "dataset": neutral,
+        "dataset": {key: value for key, value in dataset.items() if key != "download"},
     }
     return to_bytes(graph_of(stored.model, data, stored.sizes["input_size"], about))
 
