@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quant import fused
 from quant.pack import pack, unpack
 
 ZERO_EXPONENT = -(1 << 14)  # stands for log2(0): below every exponent that a float has
@@ -102,6 +103,11 @@ class Uniform(Codes):
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         rows, top, numbers = self.rows(x), (1 << self.bits) - 1, torch.finfo(self.dtype)
+        if fused.usable(rows):
+            from quant.kernels import elementwise
+
+            codes, lo, step = elementwise.encode_groups(rows, top, elementwise.new_seed() if self.stochastic else 0)
+            return pack(codes, self.bits), lo, step
         widest = numbers.max / 4  # so that hi - lo is a number, also when rounded; values beyond are clipped
         lo = rows.amin(1, keepdim=True).clamp(-widest, widest)
         hi = rows.amax(1, keepdim=True).clamp(-widest, widest)
@@ -113,6 +119,10 @@ class Uniform(Codes):
 
     def decode(self, *saved: Tensor) -> Tensor:
         packed, lo, step = saved
+        if fused.usable(step, size=self.layout.count):
+            from quant.kernels import elementwise
+
+            return self.tensor(elementwise.decode_groups(self.unpacked(packed, len(lo)), lo, step))
         return self.tensor(self.unpacked(packed, len(lo)).to(self.dtype).mul_(step).add_(lo))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from quant import fused
 from quant.codecs import Codes, Layout
 from quant.pack import WIDTHS, pack, pack_bits, unpack, unpack_bits
 
@@ -35,7 +36,14 @@ class _MaskedReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (mask,) = ctx.saved_tensors
-        return torch.where(ctx.layout.restore(unpack_bits(mask, (ctx.layout.count,))), g, 0)
+        like = ctx.layout.restore(g.new_empty(ctx.layout.count))
+        if fused.usable(like):
+            from quant.kernels import elementwise
+
+            return elementwise.keep(mask, elementwise.dense_like(g, like))
+        flags = unpack_bits(mask, (ctx.layout.count,)).view(torch.int8)  # floats by floats: on a CPU, by bools is slow
+        dx: Tensor = ctx.layout.restore(flags.to(g.dtype)).mul(g)
+        return dx
 
 
 def relu(x: Tensor) -> Tensor:

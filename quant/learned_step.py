@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from quant import lsq_init
 from quant.codecs import Layout
+from quant.lsq_product import Learned
 from quant.pack import WIDTHS, pack, unpack
 
 Range = Literal["auto", "unsigned", "signed", "symmetric"]
@@ -200,6 +201,11 @@ class StepQuantizer(nn.Module):
             case "1/sqrt_n":
                 return float(count**-0.5)
         return 1.0
+
+    def learned(self, v: Tensor) -> Learned:
+        """What `quant.lsq_product` has to know besides v and the step."""
+        settings = self.settings
+        return Learned(-self.qn, self.qp, self._grad_scale(v), settings.bits, settings.ste == "passthrough")
 
     def codec(self, v_q: Tensor) -> StepCodes:
         """How to remember a result of `forward`."""

@@ -13,6 +13,7 @@ import torch
 from annotated_types import Gt, Interval
 from torch import Tensor, nn
 
+from quant import integer, lsq_product, matmul
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.learned_step import GradScale, Init, Param, Range, Ste, StepCodes, StepQuantizer, StepSettings
@@ -76,8 +77,25 @@ class _Learned(QuantizedLayer, Matrix):
         self.precision = Precision(weight=settings.weight_bits, act=settings.act_bits if inside else FLOAT)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._counts(x):
+            return self._product_of_codes(x)
         x, codec = self._quantized_input(x)
         return self.product(x, self.weight_quantizer(self.weight), self.bias, codec)
+
+    def _counts(self, x: Tensor) -> bool:
+        """Whether this call is a convolution of whole numbers."""
+        a, w = self.act_quantizer, self.weight_quantizer
+        if a is None or a.offset is not None or w.step.numel() > 1 or not isinstance(self.geometry, matmul.Conv):
+            return False
+        exact = integer.fits(self.weight, 1 << self.settings.act_bits, 1 << self.settings.weight_bits - 1)
+        return exact and lsq_product.obstacle(x, self.weight) is None
+
+    def _product_of_codes(self, x: Tensor) -> Tensor:
+        a, w = self.act_quantizer, self.weight_quantizer
+        assert a is not None
+        assert isinstance(self.geometry, matmul.Conv)
+        of_x, of_w, kernel = a.learned(x), w.learned(self.weight), self.settings.kernel
+        return lsq_product.conv2d(x, a.size(), self.weight, w.size(), self.bias, of_x, of_w, self.geometry, kernel)
 
     def _quantized_input(self, x: Tensor) -> tuple[Tensor, StepCodes | None]:
         """x_q, and how to remember it."""
@@ -167,6 +185,7 @@ class Lsq(Quantizer):
     step_init: Init | None = None
     step_constant: Annotated[float, Gt(0)] = 1.0
     step_param: Param | None = None
+    kernel: Literal["auto", "float"] = "auto"
     handles = (nn.Conv2d, nn.Linear, *ACTIVATIONS)
 
     def __post_init__(self) -> None:

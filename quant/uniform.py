@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quant import fused
 from quant.functional import stochastic_round, straight_through
 
 
@@ -58,11 +59,21 @@ def grid(low: Tensor, high: Tensor, bits: int, zero_exact: bool = True) -> Grid:
 
 def round_to(x: Tensor, grid: Grid, bits: int, stochastic: bool = False) -> Tensor:
     """x_q in the dtype of x, nearest (ties to even) or stochastically, where E[x_q] = x inside the grid. No gradient."""
+    if grid.step.numel() == 1 and fused.usable(x):
+        from quant.kernels import elementwise
+
+        low, zero = (0.0, grid.offset) if grid.zero_exact else (grid.offset, 0.0)
+        seed = elementwise.new_seed() if stochastic else 0
+        return elementwise.round_to_grid(x, grid.step, low, zero, 2**bits - 1, seed)
     return _value(_code(x, grid, bits, stochastic), grid).to(x.dtype)
 
 
 def encode(x: Tensor, grid: Grid, bits: int) -> Tensor:
     """The codes of x, 0 .. 2^bits - 1: uint8 up to 8 bits, else int16 after subtracting 2^15."""
+    if bits <= 8 and grid.zero_exact and grid.step.numel() == 1 and fused.usable(x):
+        from quant.kernels import elementwise
+
+        return elementwise.encode(x, grid.step, -grid.offset, 2**bits - 1 - grid.offset)[0]
     code = _code(x, grid, bits)
     return code.to(torch.uint8) if bits <= 8 else code.sub_(2**15).to(torch.int16)
 
@@ -75,6 +86,11 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     >>> torch.equal(decode(encode(x, g, 8), g), round_to(x, g, 8))
     True
     """
+    if codes.dtype == torch.uint8 and grid.step.numel() == 1 and fused.usable(grid.step, size=codes.numel()):
+        from quant.kernels import elementwise
+
+        zero, low = (grid.offset, 0.0) if grid.zero_exact else (0.0, grid.offset)
+        return elementwise.decode(codes, zero, grid.step, low)
     code = codes.to(grid.step.dtype)
     return _value(code.add_(2**15) if codes.dtype == torch.int16 else code, grid)
 

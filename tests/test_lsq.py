@@ -356,7 +356,9 @@ def test_both_placements_compute_the_same() -> None:
         y.square().sum().backward()
         part = model[0].act_quantizer if placement == "post_act" else model[1].act_quantizer
         results.append([y, x.grad, model[1].weight.grad, part.step.grad])
-    assert all(map(torch.equal, *results))
+    assert all(
+        torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in zip(*results, strict=True)
+    )  # whole numbers round less
 
 
 @pytest.mark.parametrize("preset", PRESETS)

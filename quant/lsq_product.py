@@ -1,0 +1,103 @@
+"""A convolution of two tensors with learned steps as one function, for float32 on a CPU: LSQ as its hardware would do it.
+
+    forward   y = (code_x * code_w) s_x s_w + b          whole numbers; s_x s_w once behind them (LSQ, arXiv 1902.08153, figure 1)
+    backward  dx_q = g * w_q^T     dw_q = g * x_q^T      x_q = s_x code_x, w_q = s_w code_w, as ever
+              and from these dx, ds_x, dw, ds_w          by `quant.learned_step`, one pass each
+
+Kept for backward: x, which the ReLU in front of it keeps anyway, and its codes, 8 bits a value, packed to 4 or 2 where they fit.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quant import integer, kernels
+from quant.codecs import Layout
+from quant.matmul import Conv, bias_gradient
+from quant.pack import WIDTHS, pack, unpack
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is known of one tensor's quantizer besides its step: levels, factor of the step's gradient, gradient outside."""
+
+    low: Tensor
+    high: Tensor
+    scale: Tensor | float
+    bits: int
+    passthrough: bool = False
+
+
+def obstacle(x: Tensor, w: Tensor) -> str | None:
+    """Why this call must be computed in floats; None if it need not."""
+    if torch.compiler.is_compiling():
+        return "a graph is being traced"
+    if x.dim() != 4 or x.numel() == 0 or type(x) is not Tensor:
+        return f"an input of shape {tuple(x.shape)}"
+    for tensor in (x, w):
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            return f"tensors of {tensor.dtype} on {tensor.device.type}"
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else kernels.why_not()
+
+
+def conv2d(
+    x: Tensor, step_x: Tensor, w: Tensor, step_w: Tensor, bias: Tensor | None,
+    of_x: Learned, of_w: Learned, shape: Conv, kernel: str = "auto",
+) -> Tensor:  # fmt: skip
+    """x (B, C, H, W), w (O, C/groups, h, w), a step for each -> (B, O, H', W'), in the memory format of x."""
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        x = x.contiguous()
+    y: Tensor = _Product.apply(x, step_x, w.contiguous(), step_w, bias, of_x, of_w, shape, kernel)
+    return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step_x: Tensor, w: Tensor, step_w: Tensor, bias: Tensor | None,
+        of_x: Learned, of_w: Learned, shape: Conv, kernel: str,
+    ) -> Tensor:  # fmt: skip
+        from quant.kernels import elementwise
+
+        code_x, bad_x = elementwise.encode(x, step_x, of_x.low, of_x.high)
+        code_w, bad_w = elementwise.encode(w, step_w, of_w.low, of_w.high)
+        signed_w = code_w.view(torch.int8).add_(of_w.low.to(torch.int8))
+        y = integer.conv2d(code_x, -int(of_x.low), signed_w, step_x * step_w + (bad_x + bad_w), shape, kernel)
+        ctx.layout, ctx.width = Layout.of(x), next(width for width in WIDTHS if width >= of_x.bits)
+        kept = pack(ctx.layout.flat(code_x), ctx.width) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(x, step_x, w, step_w, kept)
+        ctx.of, ctx.shape = (of_x, of_w), shape
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        from quant.kernels import elementwise
+
+        x, step_x, w, step_w, kept = ctx.saved_tensors
+        (of_x, of_w), need = ctx.of, ctx.needs_input_grad
+        x_q = g.new_empty(()).expand(x.shape)
+        if kept is not None:
+            code_x = ctx.layout.restore(unpack(kept, ctx.width, (ctx.layout.count,)))
+            x_q = elementwise.decode(code_x, -of_x.low, step_x)
+        w_q = elementwise.decode(elementwise.encode(w, step_w, of_w.low, of_w.high)[0], -of_w.low, step_w)
+        dx, dw = ctx.shape.backward(g, x_q, w_q, need[0] or need[1], need[2] or need[3])
+        del x_q  # before others take memory
+        dx, dstep_x = _gradients(x, dx, step_x, of_x)
+        dw, dstep_w = _gradients(w, dw, step_w, of_w)
+        db = bias_gradient(g, ctx.shape) if need[4] else None
+        return dx, dstep_x, dw, dstep_w, db, None, None, None, None
+
+
+def _gradients(v: Tensor, g: Tensor | None, step: Tensor, of: Learned) -> tuple[Tensor | None, Tensor | None]:
+    """Of v and of its step, from the gradient of what it was quantized to."""
+    from quant.kernels import elementwise
+
+    if g is None:
+        return None, None
+    whole = g.clone() if of.passthrough else None
+    dv, slope = elementwise.step_gradient(v, g, step, of.low, of.high)
+    return dv if whole is None else whole, (slope * of.scale).to(step.dtype).view_as(step)
