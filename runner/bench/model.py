@@ -1,0 +1,67 @@
+"""`bench model`: a whole network, float32 against packed: latency, throughput, where the time goes, memory.
+
+    python -m runner bench model checkpoint=outputs/runs/NAME                a trained run
+    python -m runner bench model model=resnet18 quant=xnor                   the same network untrained: time needs no training
+    python -m runner bench model model=lenet5 dataset=mnist quant=xnor batch=1,64 threads=2
+
+float32 is the plain network (quant=none) as torch runs it, eager, and the same in channels_last; the trained network itself,
+which imitates low precision in floats, is measured besides. `n`: turns; `memory=false` leaves out the shipped networks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.compose import split_options
+from runner.faults import ConfigError, Exit, Fault, MissingInput
+
+USUAL = ("model=resnet18", "quant=xnor", "dataset=synthetic")
+OWN = {"n": "9", "batch": "1,64", "threads": "1", "memory": "true"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line says."""
+
+    turns: int
+    batches: tuple[int, ...]
+    threads: int
+    memory: bool
+    words: list[str]  # of a run: model=, quant=, checkpoint= …
+    config_dirs: list[str]
+    command: list[str]
+
+
+def run(words: Sequence[str]) -> int:
+    """Measure, print, and write CSV, JSON and a page into outputs/bench."""
+    plan = plan_of(words)
+    from runner.bench.model_contest import measure
+    from runner.bench.model_report import report
+
+    report(plan, measure(plan))
+    return int(Exit.DONE)
+
+
+def plan_of(words: Sequence[str]) -> Plan:
+    """Read the words of this verb; the others are those of a run. Raises ConfigError, or MissingInput for a checkpoint."""
+    overrides, config_dirs = split_options(words)
+    own = OWN | {key: value for key, _, value in (word.partition("=") for word in overrides) if key in OWN}
+    rest = [word for word in overrides if word.partition("=")[0] not in OWN]
+    faults = [
+        Fault(key, f"{own[key]!r}: give whole numbers from 1")
+        for key in ("n", "batch", "threads")
+        if not all(part.isdigit() and int(part) for part in own[key].split(","))
+    ]
+    if own["memory"] not in ("true", "false"):
+        faults.append(Fault("memory", f"{own['memory']!r}: give true or false"))
+    if faults:
+        raise ConfigError(faults)
+    keys = {word.partition("=")[0]: word.partition("=")[2] for word in rest}
+    given = keys.get("checkpoint")
+    if given is not None and not Path(given).exists():
+        raise MissingInput(f"{given}: no such file or folder; give a run folder, a checkpoint or a weights file")
+    if given is None:
+        rest = [*(word for word in USUAL if word.partition("=")[0] not in keys), *rest]
+    batches = tuple(int(batch) for batch in own["batch"].split(","))
+    command = ["python", "-m", "runner", "bench", "model", *words]
+    return Plan(int(own["n"]), batches, int(own["threads"]), own["memory"] == "true", rest, config_dirs, command)
