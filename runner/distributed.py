@@ -6,8 +6,9 @@ The first rank chooses the folder and alone writes. What agrees across ranks, an
 
 weights            the same seed, and the gradients that DistributedDataParallel averages (arXiv:2006.15704)
 first-batch steps  LSQ and others: every rank calibrates on the whole first global batch, as a run on one process does
-batch norm         BatchNorm and Range BN normalise each rank's share by its own figures (per rank, not synced); their running
-                   figures, like all buffers, are those of the first rank, sent to the others before every forward pass
+batch norm         BatchNorm is synced: it normalises by the figures of the global batch (runner/synced_norm.py)
+range BN           per rank: each normalises its share by the ranges of that share
+buffers            those of the first rank, sent to the others before every forward pass
 randomness         a stream of its own a rank, kept in the checkpoint
 
 A model whose weights, gradients and optimizer state do not fit one GPU would need FSDP2 and torch.distributed.checkpoint
@@ -34,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runner.faults import ConfigError, Exit, Fault, RunnerError
 from runner.ranks import Place
+from runner.synced_norm import synced_
 
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds without a step after which a rank is taken to hang
@@ -81,9 +83,10 @@ class World:
         return {"rank": self.place.rank, "world": self.size}
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with gradients averaged over the ranks. `model` itself keeps its names."""
+        """The model with gradients averaged over the ranks, its batch norms synced. `model` itself keeps its names."""
         if self.size == 1:
             return model
+        model = synced_(model, device)
         # Without find_unused_parameters the buckets are laid out anew after the first step of a process: with three or more
         # ranks a resumed run would then sum in another order than one that was never stopped.
         self.model = DistributedDataParallel(

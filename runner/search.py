@@ -47,7 +47,7 @@ class Options:
 
 def search(words: Sequence[str]) -> int:
     """Run trials until there are as many as were asked for; 1 where none came to an end."""
-    if find_spec("optuna") is None:
+    if not _has_optuna():
         raise ConfigError([Fault("search", "needs Optuna: pip install 'lowbit-runner[search]', or -e '.[search]'")])
     options = options_of(words)
     _check_one(options)
@@ -68,6 +68,13 @@ def search(words: Sequence[str]) -> int:
     study.summary(screen)
     screen.say(f"page: {write_search_page(options.folder).resolve()}")
     return int(Exit.DONE if study.finished() else Exit.JOB_FAILED)
+
+
+def _has_optuna() -> bool:
+    try:
+        return find_spec("optuna") is not None
+    except ValueError:  # somebody has blocked it
+        return False
 
 
 def options_of(words: Sequence[str]) -> Options:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from runner.checkpoint import Checkpoints, load
 from runner.compose import config_from, split_options
 from runner.distributed import World
 from runner.folder import run_path, status_of
@@ -55,24 +57,37 @@ def said(place: Path) -> str:
     return "\n".join(path.read_text()[-3000:] for path in sorted(place.glob("rank-*.log")))
 
 
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    model: dict[str, torch.Tensor] = load(Checkpoints(path / "checkpoints").manifests()[0]).state["model"]
+    return model
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(encoding="utf-8")))
 
 
+SGD = "regime.phases=[{epoch: 0, optimizer: SGD, lr: 0.05, momentum: 0.9}]"  # Adam makes steps of rounding errors, too
+
+
 def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_path: Path) -> None:
-    for quant in ("none", "lsq"):
-        words = [*PLAIN, f"quant={quant}", "epochs=4", "batch_size=10"]
-        places = [tmp_path / f"{quant}-{ranks}" for ranks in (1, 2)]
-        done = launched(
-            *({"place": place, "ranks": ranks, "words": words} for ranks, place in enumerate(places, start=1))
-        )
-        assert [one["codes"] for one in done] == [[0], [0, 0]], said(places[1])
-        alone, together = (rows(folder(place, words) / "metrics.csv") for place in places)
-        for one, other in zip(alone, together, strict=True):
-            assert one["step"] == other["step"]
-            for key in ("train_loss", "val_loss"):
-                assert float(one[key]) == pytest.approx(float(other[key]), rel=2e-5)
-            assert one["train_top1"] == other["train_top1"]
+    words = [*PLAIN, "quant=none", "epochs=4", "batch_size=10", SGD]
+    done = launched(*({"place": tmp_path / str(ranks), "ranks": ranks, "words": words} for ranks in (1, 2)))
+    assert [one["codes"] for one in done] == [[0], [0, 0]], said(tmp_path / "2")
+    alone, together = (rows(folder(tmp_path / str(ranks), words) / "metrics.csv") for ranks in (1, 2))
+    for one, other in zip(alone, together, strict=True):
+        assert (one["step"], one["train_top1"]) == (other["step"], other["train_top1"])
+        for key in ("train_loss", "val_loss"):
+            assert float(one[key]) == pytest.approx(float(other[key]), rel=2e-5)
+
+
+@pytest.mark.parametrize("quant", ["lsq", "xnor"])
+def test_what_is_set_before_the_first_step_agrees_with_one_process(tmp_path: Path, quant: str) -> None:
+    words = [*PLAIN, f"quant={quant}", "trainer.max_steps=1", "batch_size=10", SGD]
+    launched(*({"place": tmp_path / str(ranks), "ranks": ranks, "words": words} for ranks in (1, 2)))
+    alone, together = (load_weights(folder(tmp_path / str(ranks), words)) for ranks in (1, 2))
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
