@@ -40,6 +40,7 @@ from runner.synced_norm import synced_
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds without a step after which a rank is taken to hang
 STEPS = 10  # or so many times the longest step, where that is more
+TICK = 0.5  # seconds between two looks
 LONG = 3600.0  # seconds for what is no step: reading data, compiling, saving
 LOST = re.compile(
     r"gloo|nccl|ProcessGroup|Connection (closed|reset|refused)|Timed out|recvValue|Broken pipe", re.IGNORECASE
@@ -218,19 +219,21 @@ def join(place: Place, device: torch.device, last_words: Callable[[str], None]) 
 
 
 class Watchdog:
-    """A thread that ends this training when nothing moves: then some rank hangs, and waiting for it would be for ever."""
+    """A thread that ends this training when nothing moves: then some rank hangs, and waiting for it would be for ever.
+
+    It counts its own ticks and no clock, so that a machine that slept, or a process that was frozen, is not taken to hang.
+    """
 
     def __init__(self, siblings: list[int], last_words: Callable[[str], None]) -> None:
         self.siblings, self.last_words = siblings, last_words
         self.limit, self.longest = LONG, 0.0  # the first step of a process compiles, loads and fills caches
-        self.moved, self.over = time.monotonic(), threading.Event()
+        self.idle, self.over = 0.0, threading.Event()
         threading.Thread(target=self._look, daemon=True, name="watchdog").start()
 
     def alive(self) -> None:
-        now = time.monotonic()
         if self.limit < LONG:
-            self.longest = max(self.longest, now - self.moved)
-        self.moved, self.limit = now, max(PATIENCE, STEPS * self.longest)
+            self.longest = max(self.longest, self.idle)
+        self.idle, self.limit = 0.0, max(PATIENCE, STEPS * self.longest)
 
     @contextmanager
     def long(self) -> Iterator[None]:
@@ -238,14 +241,17 @@ class Watchdog:
         try:
             yield
         finally:
-            self.moved, self.limit = time.monotonic(), before
+            self.idle, self.limit = 0.0, before
 
     def stop(self) -> None:
         self.over.set()
 
     def _look(self) -> None:
-        while not self.over.wait(0.5):
-            if time.monotonic() - self.moved > self.limit:
+        before = time.monotonic()
+        while not self.over.wait(TICK):
+            now = time.monotonic()
+            self.idle, before = self.idle + min(now - before, 2 * TICK), now
+            if self.idle > self.limit:
                 self._give_up()
 
     def _give_up(self) -> None:

@@ -36,7 +36,7 @@ PLAIN = [
 # dropout, batch norm, stochastic rounding, an average of the weights, two optimizers, an uneven last batch
 HARD = [*DATA, *QUIET, *TINY, "dataset.samples=64", "batch_size=12", "quant=actgrad", "quant.bits=2", "trainer.ema=0.9"]
 HARD += ["regime.phases=[{epoch: 0, optimizer: Adam, lr: 0.01}, {epoch: 5, optimizer: SGD, lr: 0.05, momentum: 0.9}]"]
-HARD += ["epochs=30", "trainer.checkpoint_every=4"]
+HARD += ["epochs=12", "trainer.checkpoint_every=4"]
 
 
 def launched(*launches: dict[str, Any]) -> list[dict[str, Any]]:
