@@ -2,7 +2,7 @@
 
 METRICS = (
     "epoch", "step", "phase", "lr", "batch_size", "input_size",
-    "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "best_val_top1",
+    "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "best_val_top1", "skipped_steps",
 )  # fmt: skip
 TIMING = (
     "epoch", "step", "seconds", "images_per_s", "eval_seconds", "peak_memory_bytes", "saved_bytes_per_sample",

@@ -245,7 +245,7 @@ def with_peak(phases: Sequence[Phase], peak: float) -> list[Phase]:
 IRRELEVANT = {
     "": {"mode", "name", "outputs", "checkpoint", "epochs"},
     "regime": {"epochs"},  # trainer.epochs says it
-    "trainer": {"checkpoint_every", "progress", "dashboard"},
+    "trainer": {"checkpoint_every", "progress", "dashboard", "recompute"},
     "quant.arguments": {"kernel"},  # floats or packed bits: the same numbers
     "dataset": {"cache", "workers", "memory"},
     "dataset.arguments": {"root", "download"},
@@ -255,6 +255,10 @@ IRRELEVANT = {
 def config_hash(config: RunConfig) -> str:
     """Eight hex digits over everything that can change a number of the result."""
     raw = config.model_dump(by_alias=True, exclude_none=True)
+    if config.trainer.on_nan == "stop":
+        del raw["trainer"]["on_nan"]  # the numbers of a run that came to its end do not depend on it
+    if config.trainer.backward == "exact":
+        del raw["trainer"]["backward"]  # as it was before there was another
     if config.dataset.name == "folder":
         raw["dataset"]["which"] = config.dataset.arguments.get("root")  # its place is all that tells it from another
     for path, keys in IRRELEVANT.items():

@@ -14,17 +14,24 @@ class CsvLog:
     """One CSV file of a run. Rows are dictionaries; keys that are no column are refused."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, tuple(columns)
+        self.path, self.columns, self.known = path, tuple(columns), tuple(columns)
         try:
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_FOLLOW, 0o666)
             if os.fstat(self._handle).st_size == 0:
                 self._append(",".join(self.columns))
+            self.columns = self._columns_there()
         except OSError as error:
             raise StorageError(f"{path}: {reason(error)}") from error
 
+    def _columns_there(self) -> tuple[str, ...]:
+        """The columns that the file has: a run keeps those that it began with, also where the program has got more since."""
+        lines = os.pread(self._handle, 1 << 16, 0).decode(errors="replace").split("\n")
+        there = tuple(lines[0].split(","))
+        return there if len(lines) > 1 and set(there) <= set(self.columns) else self.columns
+
     def row(self, values: Mapping[str, Any]) -> None:
         """Append one line."""
-        unknown = set(values) - set(self.columns)
+        unknown = set(values) - set(self.known)
         assert not unknown, f"{self.path.name} has no column {unknown}"
         try:
             self._append(",".join(cell(values.get(column)) for column in self.columns))
@@ -61,6 +68,7 @@ class CsvLog:
         """Start over with the header alone."""
         try:
             os.ftruncate(self._handle, 0)
+            self.columns = self.known
             self._append(",".join(self.columns))
         except OSError as error:
             raise StorageError(f"{self.path}: {reason(error)}") from error

@@ -1,5 +1,6 @@
 """What is written at the end of an epoch: one row of metrics, one of timing, one a layer of health."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ def metrics_row(run: Run, result: Result) -> dict[str, Any]:
     """Everything in it is the same to the last bit in a run that was resumed."""
     setting, data = run.setting(at_start_of_epoch=True), run.sizes()
     loss, right, seen = run.sums.tolist()
+    seen = seen or math.nan  # where every step was left out
     return {
         "epoch": run.progress.epoch,
         "step": run.progress.step,
@@ -51,6 +53,7 @@ def metrics_row(run: Run, result: Result) -> dict[str, Any]:
         "val_top1": result.top1,
         "val_top5": result.top5,
         "best_val_top1": run.progress.best_top1,
+        "skipped_steps": run.progress.skipped,
     }
 
 

@@ -1,7 +1,7 @@
 """One training, whole: what it is made of, where it stands, and how that is saved and taken up again."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -17,13 +17,14 @@ from runner.build import asking, build, phases_of, regularizer_of, watch
 from runner.checkpoint import Checkpoints
 from runner.config import config_hash, flat
 from runner.data import Data, load
+from runner.distributed import Share, World, seed_rank
 from runner.environment import differences, environment
-from runner.faults import BadData
+from runner.faults import BadData, ConfigError, Diverged, Fault, Preempted
 from runner.folder import RunFolder
 from runner.health import codes_of
 from runner.optim import optimizer_for
 from runner.regime import Clock, Setting, data_setting_at, setting_at
-from runner.schema import RunConfig
+from runner.schema import DataPhase, RunConfig
 from runner.screen import Screen
 from runner.signals import StopRequest
 
@@ -42,6 +43,9 @@ class Progress:
     best_top1: float = -1.0
     best_epoch: int = -1
     best_step: int = -1
+    skipped: int = 0  # steps left out because loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    lr_factor: float = 1.0  # what `on_nan: lower_lr` made of the learning rate
     grad_norms: dict[str, float] = field(default_factory=dict)
 
 
@@ -49,10 +53,20 @@ class Run:
     """A training with everything that belongs to it. `fit` in runner/train.py drives it."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, screen: Screen, stop: StopRequest, device: torch.device
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        screen: Screen,
+        stop: StopRequest,
+        device: torch.device,
+        world: World | None = None,
     ) -> None:
         self.config, self.folder, self.screen, self.stop, self.device = config, folder, screen, stop, device
-        self.data: Data = load(config.dataset, device=device)
+        self.world = world or World()
+        with self.world.in_turn(
+            careful=config.dataset.cache is not None or bool(config.dataset.arguments.get("download"))
+        ):
+            self.data: Data = load(config.dataset, device=device)
         built = build(
             config,
             in_channels=self.data.in_channels,
@@ -64,13 +78,15 @@ class Run:
         self.remarks = built.remarks
         self.transform: Callable[[Tensor], Tensor] | None = getattr(self.model, "input_transform", None)
         self.phases, self.data_phases = phases_of(config, self.model)
-        self.forward = accelerate(self.model, config.trainer, device)
+        refuse_thin_shares(config, self.data_phases, self.world)
+        self.forward = accelerate(self.world.wrap(self.model, device), config.trainer, device)
         self.ema = _average(self.model, config.trainer.ema) if config.trainer.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None
         self.penalty = Penalty()
         self.progress = Progress()
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images of this epoch
+        self.unsound = torch.zeros((), dtype=torch.bool, device=device)  # a step not looked at yet was not finite (GPU)
         self.codes = codes_of(self.model)
         self.best: dict[str, Tensor] = {}
         self.checkpoints = Checkpoints(folder.checkpoints)
@@ -101,20 +117,23 @@ class Run:
         return {"batch_size": data["batch_size"], "input_size": data["input_size"]}
 
     def batches_in(self, epoch: int) -> int:
-        return self.data.train.steps(self.data_setting(epoch)["batch_size"])
+        return self.data.train.steps(self.data_setting(epoch)["batch_size"], self.world.size)
 
     def setting(self, *, at_start_of_epoch: bool = False) -> Setting:
         """Optimizer, learning rate and all else that holds at the next step, or held at the first one of this epoch."""
         p = self.progress
         batch, step = (0, self._steps_before[p.epoch]) if at_start_of_epoch else (p.batch, p.step)
         clock = Clock(epoch=p.epoch, batch=batch, batches=self.batches_in(p.epoch), step=step)
-        return setting_at(self.phases, clock, epochs=self.config.total_epochs, steps=self._steps_before[-1])
+        setting = setting_at(self.phases, clock, epochs=self.config.total_epochs, steps=self._steps_before[-1])
+        return setting | {"lr": setting["lr"] * p.lr_factor} if p.lr_factor != 1 else setting
 
     def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What is left of the current epoch."""
         p = self.progress
         left = min(self.batches_in(p.epoch) - p.batch, self.total_steps - p.step)
-        batches = self.data.train.batches(seed=self.config.seed, epoch=p.epoch, start=p.batch, **self.sizes())
+        batches = self.data.train.batches(
+            seed=self.config.seed, epoch=p.epoch, start=p.batch, **self.sizes(), **self.world.shard()
+        )
         for _ in range(left):
             images, labels = next(batches)
             yield (self.transform(images) if self.transform else images), labels
@@ -123,6 +142,20 @@ class Run:
         """The first training batch of the run, for what must be set or measured before step 0."""
         images, _ = next(iter(self.data.train.batches(seed=self.config.seed, epoch=0, **self.sizes(epoch=0))))
         return self.transform(images) if self.transform else images
+
+    def agree(self, images: int) -> Share:
+        """What this rank computes of the next global batch. Raises Preempted on all ranks where any was asked to stop."""
+        share = self.world.share(images, stop=self.stop.received is not None)
+        if share.stop:
+            self.stop.check()
+            raise Preempted("another rank was asked to stop; run the same command again to go on from here")
+        return share
+
+    def check(self) -> None:
+        """Between two batches: this process lives, and stops here if it is alone and was asked to; ranks stop together."""
+        self.world.alive()
+        if self.world.size == 1:
+            self.stop.check()
 
     def next_epoch(self) -> None:
         """The epoch is over: the next one starts with nothing counted."""
@@ -150,7 +183,7 @@ class Run:
 
     def begin(self) -> None:
         """Take up the newest checkpoint, or set steps and ranges for a run that starts."""
-        found = self.checkpoints.newest()
+        found = self.world.first_says(self.checkpoints.newest() if self.world.first else None)
         if found is not None:
             self._refuse_foreign(found.manifest)
             self._restore(found.state, found.manifest, found.best)
@@ -162,12 +195,26 @@ class Run:
             self.codes = codes_of(self.model)
             if self.ema is not None:
                 self.ema.module.load_state_dict(self.model.state_dict())
+            seed_rank(self.config.seed, self.world.place)
         self.penalty = watch(regularizer_of(self.config), self.model)
         self.penalty.shares |= found.state["penalty"] if found is not None else {}
         self._epoch_began = time.monotonic()
+        self._say_how_exact(found.manifest["environment"] if found is not None else None)
+
+    def _say_how_exact(self, before: dict[str, Any] | None) -> None:
+        """Whether this run, stopped and taken up here, ends with the bits of one that was left alone."""
+        now = environment(self.device, self.world.size)
+        reasons = differences(before or now, now)
+        verdict = f"no, because {'; '.join(reasons)}" if reasons else "yes"
+        resumed = f"goes on after step {self.progress.step} of {self.total_steps}; " if before else ""
+        self.screen.say(f"{resumed}exact resume: {verdict}")
 
     def save(self) -> None:
-        """Commit a checkpoint of this point."""
+        """Commit a checkpoint of this point; never of weights that are lost."""
+        if bool(self.unsound):
+            raise Diverged(
+                f"loss or gradient was not finite shortly before step {self.progress.step}; nothing is saved"
+            )
         began = time.monotonic()
         self.progress.seconds += began - self._epoch_began
         self._epoch_began = began
@@ -176,18 +223,26 @@ class Run:
             "config_hash": config_hash(self.config),
             "config": flat(self.config),
             "data": self.data.fingerprint,
-            "environment": environment(self.device),
+            "environment": environment(self.device, self.world.size),
             "logs": {name: log.mark() for name, log in self.folder.logs.items()},
         }
-        self.checkpoints.save(self.progress.step, self._state(), best, facts)
+        with self.world.pause():
+            self.world.align_(self.model)
+            state = self._state()
+            if self.world.first:
+                self.checkpoints.save(self.progress.step, state, best, facts)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - began
 
     def save_if_due(self) -> None:
         """Commit where `trainer.checkpoint_every` says so, or as often as costs almost nothing."""
         every = self.config.trainer.checkpoint_every
-        pause = max(self._save_seconds / SHARE_OF_TIME, SHORTEST_PAUSE)
-        if (self.progress.step % every == 0) if every else (time.monotonic() - self._saved_at > pause):
+        if isinstance(every, int):
+            due = self.progress.step % every == 0
+        else:
+            pause = 60 * float(every.removesuffix("min")) if every else self._save_seconds / SHARE_OF_TIME
+            due = self.world.decided(time.monotonic() - self._saved_at > max(pause, SHORTEST_PAUSE))
+        if due:
             self.save()
 
     def _state(self) -> dict[str, Any]:
@@ -201,9 +256,12 @@ class Run:
             "sums": self.sums,
             "codes": self.codes,
             "penalty": self.penalty.shares,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
+            **self._generators(),
+        } | ({"ranks": self.world.gathered(self._generators())} if self.world.size > 1 else {})
+
+    def _generators(self) -> dict[str, Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
 
     def _restore(self, state: dict[str, Any], manifest: dict[str, Any], best: dict[str, Any] | None) -> None:
         self.model.load_state_dict(state["model"])
@@ -218,12 +276,13 @@ class Run:
         self.codes, self.best = state["codes"], best or {}
         for name, log in self.folder.logs.items():
             log.rewind(manifest["logs"][name])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        reasons = differences(manifest["environment"], environment(self.device))
-        verdict = f"no, because {'; '.join(reasons)}" if reasons else "yes"
-        self.screen.say(f"goes on after step {self.progress.step} of {self.total_steps}; exact resume: {verdict}")
+        ranks = state.get("ranks", [])
+        own = ranks[self.world.place.rank] if len(ranks) == self.world.size else state
+        torch.set_rng_state(own["rng"])
+        if own["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"], self.device)
+        if own is state:  # of other ranks than these: their streams begin anew
+            seed_rank(self.config.seed, self.world.place, self.progress.step)
 
     def _refuse_foreign(self, manifest: dict[str, Any]) -> None:
         if manifest["config_hash"] != config_hash(self.config):
@@ -234,6 +293,14 @@ class Run:
             raise BadData(
                 f"{self.folder.path}: the data set changed since the checkpoint; restore it or start a new run"
             )
+
+
+def refuse_thin_shares(config: RunConfig, phases: Sequence[DataPhase], world: World) -> None:
+    """Batch norm has no variance of one image: every rank needs two of every batch."""
+    smallest = min(phase.batch_size for phase in phases if phase.batch_size)
+    if world.size > 1 and smallest < 2 * world.size:
+        message = f"{smallest} images for {world.size} ranks; it is of all ranks together, and each needs two"
+        raise ConfigError([Fault("batch_size", message)])
 
 
 def _average(model: nn.Module, decay: float) -> AveragedModel:

@@ -11,6 +11,7 @@ Natural = Annotated[int, Ge(0)]
 NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Minutes = Annotated[str, Field(pattern=r"^(\d+|\d*\.\d+) ?min$")]
 
 
 class Strict(BaseModel):
@@ -127,7 +128,10 @@ class TrainerConfig(Strict):
     amp: Literal["none", "bf16", "fp16"]
     compile: bool
     channels_last: bool
-    checkpoint_every: PositiveInt | None
+    backward: Literal["exact", "bf16"]
+    recompute: Literal["none", "blocks", "stages"]
+    on_nan: Literal["stop", "skip", "lower_lr"]
+    checkpoint_every: PositiveInt | Minutes | None
     progress: Literal["auto", "bar", "plain", "none"]
     dashboard: Literal["write", "open", "none"]
 

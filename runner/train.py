@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,16 +13,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from quant.regularizer import Penalty
 from quant.surgery import quantized_layers
-from runner.faults import Diverged, Preempted
+from runner.accelerate import accelerate
+from runner.distributed import Share, World
+from runner.faults import Preempted
 from runner.health import gradient_norms
+from runner.nonfinite import Sentry
 from runner.optim import optimizer_for
 from runner.regime import Setting
 from runner.rows import Result, write_epoch
 from runner.run import Run
 from runner.schema import RunConfig
 from runner.sources import Source
-
-LOOK_EVERY = 20  # steps between two looks at the loss on a GPU, where looking costs a synchronisation
 
 
 def fit(run: Run) -> None:
@@ -30,7 +33,7 @@ def fit(run: Run) -> None:
             try:
                 train_epoch(run)
                 began = time.monotonic()
-                result = evaluate(run.evaluated, run.data.val, run.sizes(), run.stop.check)
+                result = evaluate(run.evaluated, run.data.val, run.sizes(), run.check, run.world)
             except Preempted:
                 run.save()
                 raise
@@ -41,24 +44,30 @@ def fit(run: Run) -> None:
 def train_epoch(run: Run) -> None:
     """What is left of one epoch: a step a batch, and what belongs to a step."""
     run.model.train()
-    progress, batches = run.progress, run.batches_in(run.progress.epoch)
+    progress, batches, sentry = run.progress, run.batches_in(run.progress.epoch), Sentry(run)
     for images, labels in run.train_batches():
+        share = run.agree(len(labels))
         setting = run.setting()
         run.optimizer = optimizer_for(run.model, setting, run.optimizer)
         drive_(run.model, setting)
         run.penalty.weight = setting.get("regularizer", run.penalty.weight)
-        loss, right = train_step(run, run.optimizer, images, labels)
-        run.sums += torch.stack([loss * len(labels), right, torch.tensor(len(labels), device=run.device)])
+        sentry.remember()
+        loss, right = gradients_of(run, run.optimizer, images, labels, share)
+        loss, right = run.world.over_batch(loss, right, len(labels), share)
+        if sentry.passes(loss):
+            update(run, run.optimizer)
+            progress.skipped_in_a_row = 0
+            run.sums += torch.stack([loss * share.images, right, torch.tensor(share.images, device=run.device)])
+        else:
+            sentry.answer(loss, partial(once_more, run, run.optimizer, images, labels, share))
         progress.batch += 1
         progress.step += 1
-        if run.device.type == "cpu" or progress.step % LOOK_EVERY == 0 or progress.batch == batches:
-            refuse_divergence(run, loss)
         if progress.batch == batches or progress.step == run.total_steps:
             progress.grad_norms = gradient_norms(run.model)
         else:
             run.save_if_due()
         run.show()
-        run.stop.check()
+        run.check()
 
 
 class Trainee(Protocol):
@@ -82,16 +91,34 @@ class Trainee(Protocol):
 
 def train_step(run: Trainee, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One optimizer step on one batch: its mean loss, and how many answers were right (tensors on the device)."""
+    loss, right = gradients_of(run, optimizer, images, labels)
+    update(run, optimizer)
+    return loss, right
+
+
+def gradients_of(
+    run: Trainee, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, share: Share | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of one batch, in the parameters; its mean loss and right answers. With `share`, of a part of a batch."""
     config, scaler = run.config.trainer, run.scaler
     optimizer.zero_grad(set_to_none=True)
     loss, right = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    share, seen = share or Share(len(labels)), 0
     for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-        logits = run.forward(x)
-        part = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) + run.penalty.value()
-        part = part * (len(y) / len(labels))
-        scaler.scale(part).backward()  # type: ignore[no-untyped-call]
+        seen += len(y)
+        with nullcontext() if seen == len(labels) else share.hold():
+            logits = run.forward(x)
+            part = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) + run.penalty.value()
+            part = part * (len(y) / len(labels))
+            scaler.scale(part * share.weight).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
         right += (logits.detach().argmax(1) == y).sum()
+    return loss, right
+
+
+def update(run: Trainee, optimizer: torch.optim.Optimizer) -> None:
+    """Take the step that the gradients ask for, and all that follows it."""
+    config, scaler = run.config.trainer, run.scaler
     if config.grad_clip is not None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
@@ -101,7 +128,14 @@ def train_step(run: Trainee, optimizer: torch.optim.Optimizer, images: Tensor, l
         layer.project_()
     if run.ema is not None:
         run.ema.update_parameters(run.model)
-    return loss, right
+
+
+def once_more(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, share: Share) -> None:
+    """The gradients of a batch without compiled code, so that hooks on layers are called. The run ends after it."""
+    run.forward = accelerate(
+        run.world.model or run.model, run.config.trainer.model_copy(update={"compile": False}), run.device
+    )
+    gradients_of(run, optimizer, images, labels, share)
 
 
 def drive_(model: nn.Module, setting: Setting) -> None:
@@ -114,32 +148,27 @@ def drive_(model: nn.Module, setting: Setting) -> None:
                     buffer.fill_(value)
 
 
-def refuse_divergence(run: Run, loss: Tensor) -> None:
-    """Raise Diverged, naming where it shows, as soon as the loss is no number."""
-    if bool(torch.isfinite(loss)):
-        return
-    bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    where = f"; gradients that are not finite: {', '.join(bad[:3])}" if bad else ""
-    raise Diverged(
-        f"the loss is {float(loss)} at step {run.progress.step} (epoch {run.progress.epoch}){where}. "
-        "The last good checkpoint is kept. Try a lower lr= or trainer.grad_clip=1"
-    )
-
-
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, source: Source, sizes: dict[str, int], check: Callable[[], None] = lambda: None
+    model: nn.Module,
+    source: Source,
+    sizes: dict[str, int],
+    check: Callable[[], None] = lambda: None,
+    world: World | None = None,
 ) -> Result:
     """Loss and accuracies of `model` over the whole of `source`; sums, not means of means. `check` may raise between batches."""
     training, transform = model.training, getattr(model, "input_transform", None)
+    world = world or World()
+    world.align_(model)
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    for images, labels in source.batches(seed=0, epoch=0, **sizes):
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for images, labels in source.batches(seed=0, epoch=0, **sizes, **world.shard()):
         check()
         logits = model(transform(images) if transform else images).float()
-        sums = sums.to(logits.device) + batch_sums(logits, labels)
+        sums = sums + batch_sums(logits, labels)
     model.train(training)
-    loss, top1, top5, count = sums.tolist()
+    loss, top1, top5, count = world.total(sums).tolist()
     return Result(loss / count, 100 * top1 / count, 100 * top5 / count)
 
 
@@ -156,6 +185,8 @@ def end_epoch(run: Run, result: Result, eval_seconds: float) -> None:
     if result.top1 > progress.best_top1:
         progress.best_top1, progress.best_epoch, progress.best_step = result.top1, progress.epoch, progress.step
         run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.evaluated.state_dict().items()}
-    write_epoch(run, result, eval_seconds)
+    with run.world.pause():
+        if run.world.first:
+            write_epoch(run, result, eval_seconds)
     run.next_epoch()
     run.save_if_due()

@@ -13,6 +13,7 @@ import yaml
 METRICS = (
     "epoch step phase lr batch_size input_size train_loss train_top1 val_loss val_top1 val_top5 best_val_top1".split()
 )
+METRICS += ["skipped_steps"]
 FILES = {"config.yaml", "metrics.csv", "timing.csv", "layers.csv", "status.json", "summary.json", "dashboard.html"}
 
 

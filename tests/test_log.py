@@ -165,3 +165,16 @@ def test_any_text_stays_in_its_cell(texts: list[str]) -> None:
 @given(st.floats(allow_nan=False) | st.integers())
 def test_any_number_is_itself_again(number: float) -> None:
     assert type(number)(cell(number)) == number
+
+
+def test_a_file_keeps_the_columns_it_began_with_although_the_program_has_got_more_since(tmp_path: Path) -> None:
+    old = CsvLog(tmp_path / "metrics.csv", ("epoch", "loss"))
+    old.row({"epoch": 0, "loss": 0.5})
+    old.close()
+    new = CsvLog(tmp_path / "metrics.csv", ("epoch", "phase", "loss"))
+    new.row({"epoch": 1, "phase": 3, "loss": 0.25})
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,loss\n0,0.5\n1,0.25\n"
+    new.clear()
+    new.row({"epoch": 0, "phase": 0, "loss": 0.125})
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,phase,loss\n0,0,0.125\n"
+    new.close()
