@@ -1,6 +1,7 @@
 """Writing so that nothing is ever half there: whole files by rename, whole lines by one append."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -66,6 +67,32 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         return
+
+
+def still_true(folder: Path, status: Mapping[str, Any]) -> dict[str, Any]:
+    """The status of a run folder; a process that was killed could not write that it is no longer running.
+
+    Whoever works in the folder holds its lock, so a lock that is free tells; where there is none, the status is believed.
+    """
+    told = dict(status)
+    if told.get("state") == "running" and _is_free(folder / ".lock"):
+        told |= {"state": "interrupted", "reason": "its process is gone; run the same command again to go on"}
+    return told
+
+
+def _is_free(lock: Path) -> bool:
+    try:
+        handle = os.open(lock, os.O_RDONLY | NO_FOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(handle)
 
 
 def sha256(content: bytes) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from runner.columns import HEALTH, METRICS, TIMING
 from runner.config import config_hash
 from runner.faults import Locked
-from runner.files import NO_FOLLOW, reason, remove, write_json
+from runner.files import NO_FOLLOW, reason, remove, still_true, write_json
 from runner.log import CsvLog
 from runner.schema import RunConfig
 from runner.screen import Screen
@@ -67,12 +67,12 @@ class RunFolder:
 
 
 def status_of(path: Path) -> dict[str, Any]:
-    """What status.json says; empty where there is none that can be read."""
+    """What status.json says, where that is still true; empty where there is none that can be read."""
     try:
         found = json.loads((path / "status.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return still_true(path, found) if isinstance(found, dict) else {}
 
 
 def done_already(path: Path, screen: Screen) -> bool:

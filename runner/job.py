@@ -5,7 +5,9 @@ import io
 import sys
 import webbrowser
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from signal import Signals
 from statistics import median
 from typing import Any
 
@@ -18,16 +20,18 @@ from runner.columns import LAYERS
 from runner.compose import defaults_of
 from runner.config import config_hash, flat
 from runner.cost import Cost, cost_of
+from runner.distributed import RankLost, World, device_of, join
 from runner.environment import environment, peak_memory_bytes, pick_device, prepare
 from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, StorageError, exit_code
 from runner.files import write_atomic, write_json
 from runner.folder import RunFolder, done_already, run_path
 from runner.log import cell
+from runner.ranks import Place, folder_for
 from runner.regime import too_late
 from runner.run import Run
 from runner.schema import RunConfig
 from runner.screen import Screen
-from runner.signals import StopRequest
+from runner.signals import FATAL, StopRequest
 from runner.train import evaluate, fit
 from runner.weights import save_weights
 
@@ -45,35 +49,45 @@ SHOWN = {
 MEASURED_ON = 8  # images of the batch on which the bytes saved for backward are measured
 
 
-def train(config: RunConfig, folder: RunFolder | None = None) -> Path:
+def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest | None = None) -> Path:
     """Do a run that is not done yet, and say where it lies. Raises RunnerError; status.json then says the same.
 
-    `folder`: the run's folder, where the caller holds its lock already; closed here.
+    `folder`: the run's folder, where the caller holds its lock already; closed here. `stop`: where it listens already.
     """
-    path, screen = run_path(config), Screen(config.trainer.progress)
+    path, place = run_path(config), Place.from_environment()
+    screen, world = Screen(config.trainer.progress if place.first else "none"), World(place)
     if folder is None and done_already(path, screen):
         return path
-    stop = StopRequest()
-    folder = folder or RunFolder(path)
+    stop, folder = stop or StopRequest(), folder or folder_for(path, place)
+    stop.last_words = partial(_last_words, folder)
     try:
         folder.status("running", epochs=config.total_epochs)
-        device = _device(config)
+        device = device_of(_device(config), place)
         prepare(config.seed, config.trainer.threads, device)
-        write_atomic(path / "config.yaml", _yaml(config), durable=False)
-        run = Run(config, folder, screen, stop, device)
+        world = join(place, device, partial(folder.status, "preempted", int(Exit.PREEMPTED)))
+        if world.first:
+            write_atomic(path / "config.yaml", _yaml(config), durable=False)
+        run = Run(config, folder, screen, stop, device, world)
         cost = _preflight(run)
         run.begin()
         folder.status("running", steps_total=run.total_steps, epoch=run.progress.epoch, step=run.progress.step)
+        stop.finish_steps()
         fit(run)
         _conclude(run, cost)
+        stop.last_words = None  # what is done stays done
         folder.status("done", int(Exit.DONE))
     except BaseException as error:
-        _note_failure(folder, error)
-        raise
+        stop.last_words = None
+        world.leave()
+        blamed = world.blame(error)
+        _note_failure(folder, blamed)
+        raise blamed from (None if blamed is error else error)
     finally:
         folder.close()
-    _draw(path, config, screen)
-    screen.point_to(path)
+    world.leave()
+    if world.first:
+        _draw(path, config, screen)
+        screen.point_to(path)
     return path
 
 
@@ -103,9 +117,13 @@ def _yaml(config: RunConfig) -> bytes:
     return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True).encode()
 
 
+def _last_words(folder: RunFolder, sent: Signals) -> None:
+    folder.status("interrupted", FATAL[sent], f"a second signal ({sent.name}); run the same command again to go on")
+
+
 def _note_failure(folder: RunFolder, error: BaseException) -> None:
     """Say in status.json why the run ended, where the disk still takes it."""
-    states = {Preempted: "preempted", Diverged: "diverged"}
+    states = {Preempted: "preempted", RankLost: "preempted", Diverged: "diverged"}
     state = next((name for kind, name in states.items() if isinstance(error, kind)), "failed")
     try:
         folder.status(state, int(exit_code(error)), str(error) or type(error).__name__)
@@ -119,7 +137,8 @@ def _preflight(run: Run) -> Cost:
     cost = cost_of(run.model, images[:1])
     run.saved_bytes_per_sample = _saved_bytes(run, images[: 2 * MEASURED_ON])
     rows = [asdict(row) | {"macs": cost.layer_macs.get(row.layer, 0)} for row in run.rows]
-    _write_layers(run.folder.path / "layers.csv", rows)
+    if run.world.first:
+        _write_layers(run.folder.path / "layers.csv", rows)
     config = run.config
     title = (
         f"{config.model.name} · {config.quant.name} · {config.dataset.name} · seed {config.seed} → {run.folder.path}"
@@ -164,7 +183,9 @@ def _conclude(run: Run, cost: Cost) -> None:
     """Test the chosen weights once, write the summary, the weights for sharing and the dashboard."""
     if run.config.trainer.select == "val" and run.best:
         run.evaluated.load_state_dict(run.best)
-    test = evaluate(run.evaluated, run.data.test, run.sizes(run.config.total_epochs - 1))
+    test = evaluate(run.evaluated, run.data.test, run.sizes(run.config.total_epochs - 1), run.check, run.world)
+    if not run.world.first:
+        return
     save_weights(run.folder.path / "weights.safetensors", run.evaluated.state_dict(), flat(run.config))
     summary = _summary(run, cost) | {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
     write_json(run.folder.path / "summary.json", summary, durable=True)
@@ -201,7 +222,7 @@ def _summary(run: Run, cost: Cost) -> dict[str, Any]:
         "macs": cost.macs,
         "config_hash": config_hash(config),
         "command": ["python", "-m", "runner", *sys.argv[1:]],
-        "environment": environment(run.device),
+        "environment": environment(run.device, run.world.size),
     }
 
 

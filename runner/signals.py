@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 from runner.faults import Preempted
@@ -10,17 +12,36 @@ FATAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopRequest:
-    """Remembers that somebody asked this process to stop; `check` is called where stopping is safe."""
+    """Remembers that somebody asked this process to stop.
+
+    Before training there is nothing to finish, and whatever takes long (importing, decoding) is broken off where it is.
+    From `finish_steps` on, `check` is called where stopping is safe.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.last_words: Callable[[signal.Signals], None] | None = None  # said before a second signal leaves at once
+        self._at_once = True
         for number in FATAL:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
-            os._exit(FATAL[signal.Signals(number)])
+            self._leave(signal.Signals(number))
         self.received = signal.Signals(number)
+        if self._at_once:
+            self.check()
+
+    def _leave(self, sent: signal.Signals) -> None:
+        with suppress(Exception):
+            if self.last_words is not None:
+                self.last_words(sent)
+        os._exit(FATAL[sent])
+
+    def finish_steps(self) -> None:
+        """From now on a stop waits for the next `check`."""
+        self._at_once = False
+        self.check()
 
     def check(self) -> None:
         """Raise Preempted once a stop was asked for."""

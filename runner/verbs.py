@@ -1,15 +1,18 @@
 """What each verb does with its words: compose, check, and only then load what it takes."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from runner.compose import Composition, checked, compose_words, config_from, keys_of, split_options
 from runner.dataset_files import train_samples
-from runner.faults import ConfigError, Exit, Fault, MissingInput
-from runner.folder import RunFolder, done_already, run_path
+from runner.faults import ConfigError, Exit, Fault, MissingInput, Preempted
+from runner.folder import done_already, run_path
+from runner.ranks import Place, folder_for
 from runner.regime import timeline
 from runner.schema import RunConfig
 from runner.screen import Screen
+from runner.signals import StopRequest
 
 COLUMNS = ["epoch", "step", "phase", "optimizer", "lr", "momentum", "weight_decay", "batch_size", "input_size"]
 
@@ -21,13 +24,19 @@ def train(words: Sequence[str]) -> int:
     if composition.raw.get("mode") == "evaluate":
         return _evaluate(overrides, composition)
     config = checked(composition)
-    path = run_path(config)
-    if done_already(path, Screen(config.trainer.progress)):
+    path, place = run_path(config), Place.from_environment()
+    if done_already(path, Screen(config.trainer.progress if place.first else "none")):
         return int(Exit.DONE)
-    folder = RunFolder(path)  # before torch is loaded: a second process in the same folder is refused at once
-    from runner.job import train as train_run
-
-    train_run(config, folder)
+    folder = folder_for(path, place)  # before torch is loaded: a second process in the same folder is refused at once
+    stop = StopRequest()
+    if place.size > 1:  # DDP warns of find_unused_parameters, which exact resuming needs
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        from runner.job import train as train_run
+    except Preempted as error:  # loading torch takes seconds: a stop meanwhile is a stop like any other
+        folder.status("preempted", int(error.code), str(error))
+        raise
+    train_run(config, folder, stop)
     return int(Exit.DONE)
 
 
