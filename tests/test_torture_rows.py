@@ -3,20 +3,18 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from made_data import write_images
 
-from runner.compose import config_from
 from runner.faults import Locked, RunnerError
-from runner.folder import RunFolder, run_path, status_of
-from runner.schema import RunConfig
-from tests.torture.commands import finished, start
+from runner.folder import RunFolder, status_of
+from tests.torture.commands import ROOT, finished, start
 from tests.torture.forks import tail
 from tests.torture.needs import Skipped, need, shell
 from tests.torture.scenarios import SWITCH, Scenario
@@ -102,24 +100,48 @@ def test_too_little_memory_is_told_with_a_hint(tmp_path: Path) -> None:
     assert (status_of(folder)["state"], status_of(folder)["exit_code"]) == ("failed", 71)
 
 
-def test_of_twenty_that_start_at_once_one_works_in_a_folder(tmp_path: Path) -> None:
-    def opened(config: RunConfig) -> RunFolder | Locked:
-        try:
-            return RunFolder(run_path(config))
-        except Locked as error:
-            return error
+AT_ONCE = """
+import os, sys
+from runner.compose import config_from
+from runner.faults import Locked
+from runner.folder import RunFolder, run_path
 
-    configs = [config_from(["dataset=synthetic", f"seed={seed}", f"outputs={tmp_path}"]) for seed in range(20)]
-    with ThreadPoolExecutor(20) as pool:
-        same = list(pool.map(opened, [configs[0]] * 20))
-        apart = list(pool.map(opened, configs[1:]))
-    refused = [str(found) for found in same if isinstance(found, Locked)]
-    folders = [found for found in [*same, *apart] if isinstance(found, RunFolder)]
-    assert len(refused) == 19
-    assert all("another process works here" in words for words in refused)
-    assert len({folder.path for folder in folders}) == len(folders) == 20
-    for folder in folders:
-        folder.close()
+configs = [config_from(["dataset=synthetic", "seed=%d" % seed, "outputs=" + sys.argv[1]]) for seed in range(20)]
+gate, opener = os.pipe()
+hold, holder = os.pipe()
+for number in range(40):
+    if os.fork() == 0:
+        os.close(opener), os.close(holder)
+        os.read(gate, 1)  # all at once: when the parent closes its end
+        try:
+            folder = RunFolder(run_path(configs[max(0, number - 20)]))
+            print("works", folder.path.name, os.getpid(), flush=True)
+            os.read(hold, 1)
+        except Locked as error:
+            print("refused", error, flush=True)
+        os._exit(0)
+os.close(opener)
+import time
+time.sleep(float(sys.argv[2]))
+os.close(holder)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
+
+
+def test_of_processes_that_start_at_once_one_works_in_a_folder(tmp_path: Path) -> None:
+    """Twenty-one of one config and nineteen of others, in one moment: twenty folders, and one process in each."""
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path), "7"]  # longer than anybody waits for a lock
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = done.stdout.splitlines()
+    works = [line.split()[1] for line in lines if line.startswith("works")]
+    refused = [line for line in lines if line.startswith("refused")]
+    assert len(works) == len(set(works)) == len(list((tmp_path / "runs").iterdir())) == 20
+    assert len(refused) == 20
+    assert all("another process works here: pid" in line for line in refused)
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "timing.csv", "quant.csv", ".lock", "checkpoints"])
@@ -151,7 +173,7 @@ def test_a_planted_link_is_replaced_not_written_through(tmp_path: Path, name: st
     folder.status("running")
     folder.close()
     assert victim.read_text() == "mine"
-    assert status_of(tmp_path / "run")["state"] == "running"
+    assert status_of(tmp_path / "run")["state"] == "interrupted"
 
 
 def test_a_clock_that_jumps_changes_no_byte(tmp_path: Path, reference: dict[str, bytes]) -> None:
@@ -271,4 +293,47 @@ def test_a_killed_worker_ends_the_run_at_once(tmp_path: Path, images: list[str])
     began = time.monotonic()
     assert finished(process) in {70, 74}, tail(tmp_path / "run")
     assert time.monotonic() - began < 30
+    assert status_of(folder)["state"] == "failed"
+
+
+def test_a_stop_while_images_are_decoded_is_prompt(tmp_path: Path) -> None:
+    """Two thousand large images would take a minute; nothing of it is waited for."""
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, ["cat", "dog"], 1, size=(1500, 1500))
+        for image in list((tmp_path / "images" / split).glob("*/*")):
+            for number in range(500):
+                image.with_stem(f"{image.stem}-{number}").hardlink_to(image)
+    words = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.memory=always", "dataset.decode_size=20"]
+    words += ["dataset.workers=1", "dataset.cache=null", "model=lenet5", "trainer.progress=none"]
+    process, deadline = start(words, tmp_path / "run"), time.monotonic() + 300
+    while not list(tmp_path.glob("run/outputs/runs/*/config.yaml")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert finished(process) == 75, tail(tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "outputs" / "runs").iterdir()
+    assert status_of(folder)["state"] == "preempted"
+    assert not (folder / "layers.csv").exists(), "the data was never there"
+
+
+def test_a_worker_that_hangs_ends_the_run(tmp_path: Path, images: list[str]) -> None:
+    """A pipe that nobody writes to, in the place of an image: whoever opens it waits for ever."""
+    victim = sorted((tmp_path / "images" / "train" / "cat").iterdir())[7]
+    victim.unlink()
+    os.mkfifo(victim)
+    code = "import sys, runner.stream; runner.stream.TIMEOUT = 3; from runner.cli import main; main(sys.argv[1:])"
+    words = [*images, "dataset.workers=1", "dataset.mean=[0.5,0.5,0.5]", "dataset.std=[0.2,0.2,0.2]"]
+    log = (tmp_path / "log.txt").open("wb")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        stdout=log,
+        stderr=log,
+        env=environment,
+        start_new_session=True,
+    )
+    assert finished(process) in {70, 74}, (tmp_path / "log.txt").read_text()
+    assert "timed out" in (tmp_path / "log.txt").read_text()
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
     assert status_of(folder)["state"] == "failed"

@@ -1,4 +1,4 @@
-"""The harness as a program: `python -m tests.torture --kills 2000` writes figures.json and ends with 1 if anything was bad."""
+"""The harness as a program: every level, two at a time; figures.json at the end, and exit code 1 if anything was bad."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,36 +20,89 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def main() -> int:
     options = _options()
-    from tests.torture.levels import LEVELS  # imports torch
+    from tests.torture.forks import BOARD, prepare  # imports torch
+    from tests.torture.levels import LEVELS
     from tests.torture.needs import Skipped
+    from tests.torture.scenarios import short_scenarios
 
-    sizes = {level.name: level.size(options.size) for level in LEVELS}
-    sizes["kills"] = options.kills or sizes["kills"]
-    figures: dict[str, Any] = {"commit": _commit(), "seed": options.seed, "size": options.size, "date": _now()}
-    bad = 0
-    with tempfile.TemporaryDirectory(prefix="torture-", dir=options.workplace, ignore_cleanup_errors=True) as place:
-        for level in LEVELS:
-            if options.levels and level.name not in options.levels:
-                continue
-            began = time.monotonic()
-            try:
-                found = level.run(sizes[level.name], options.seed, Path(place) / level.name)
-            except Skipped as reason:
-                found = {"skipped": str(reason)}
-            figures[level.name] = found | {"seconds": round(time.monotonic() - began, 1)}
-            bad += len(found.get("bad", []))
-            print(f"{level.name}: {json.dumps(figures[level.name])}", flush=True)
+    unknown = set(options.levels) - {level.name for level in LEVELS}
+    if unknown:
+        sys.exit(f"no level {', '.join(sorted(unknown))}; known: {', '.join(level.name for level in LEVELS)}")
+    began = time.monotonic()
+    figures: dict[str, Any] = {"commit": _commit(), "seed": options.seed, "short": options.short, "date": _now()}
+    prepare([scenario.config for scenario in short_scenarios()])
+
+    def work(level: Any, place: Path) -> dict[str, Any]:
+        BOARD.renew()
+        size = options.kills if options.kills and level.name == "kills" else level.size(options.short)
+        began = time.monotonic()
+        try:
+            found = level.run(size, options.seed, place)
+        except Skipped as reason:
+            found = {"skipped": str(reason)}
+        return found | {"seconds": round(time.monotonic() - began, 1)}
+
+    with tempfile.TemporaryDirectory(prefix="torture-", dir=options.workplace, ignore_cleanup_errors=True) as folder:
+        chosen = {level.name: level for level in LEVELS if not options.levels or level.name in options.levels}
+        found = at_once(options.jobs, chosen, lambda name, place: work(chosen[name], place), Path(folder))
+    figures |= {name: found[name] for name in chosen} | {"seconds": round(time.monotonic() - began, 1)}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(f"{'nothing bad' if not bad else f'{bad} BAD'}; figures: {options.out / 'figures.json'}")
+    return _say(found, options.out / "figures.json")
+
+
+Work = Callable[[str, Path], dict[str, Any]]
+
+
+def at_once(jobs: int, names: Mapping[str, Any], work: Work, folder: Path) -> dict[str, dict[str, Any]]:
+    """What `work` says of each name, each in a child of its own, `jobs` of them at a time."""
+    waiting, running, found = list(names), dict[int, str](), dict[str, dict[str, Any]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            running[_started(name, work, folder)] = name
+        child, _ = os.wait()
+        name = running.pop(child)
+        answer = folder / f"{name}.json"
+        found[name] = json.loads(answer.read_text()) if answer.exists() else {"bad": ["the level itself ended early"]}
+        print(f"{name}: {json.dumps(found[name])}", flush=True)
+    return found
+
+
+def _started(name: str, work: Work, folder: Path) -> int:
+    """The pid of a child that leaves what it found in a file, whole or not at all."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        answer = folder / f"{name}.json"
+        answer.with_suffix(".part").write_text(json.dumps(work(name, folder / name)))
+        answer.with_suffix(".part").rename(answer)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _say(found: Mapping[str, Mapping[str, Any]], path: Path) -> int:
+    """The last lines: what did not run here, what was bad, where the figures are."""
+    for name, figures in found.items():
+        if "skipped" in figures:
+            print(f"SKIPPED {name}: {figures['skipped']}")
+        for fault in figures.get("bad", []):
+            print(f"BAD {name}: {fault}")
+    bad = sum(len(figures.get("bad", [])) for figures in found.values())
+    print(f"{f'{bad} BAD' if bad else 'nothing bad'}; figures: {path}")
     return int(bad > 0)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("levels", nargs="*", help="which ones; all where none is named")
-    parser.add_argument("--kills", type=int, help="random SIGKILLs of the first level")
-    parser.add_argument("--size", choices=("short", "long"), default=os.environ.get("TORTURE", "short"))
+    parser.add_argument("--kills", type=int, help="random SIGKILLs of the level `kills`")
+    parser.add_argument("--short", action="store_true", help="the round of every push, some minutes; else the long one")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="levels at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "torture")
     parser.add_argument("--workplace", help="where the runs lie meanwhile; the disk that is tortured")

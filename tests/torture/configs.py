@@ -1,23 +1,26 @@
-"""T8: configs that nobody would write. Each is either refused with ConfigError, or it is a run: a sample takes two steps."""
+"""T8: configs that nobody would write, drawn by Hypothesis.
 
-import random
+Each is refused with ConfigError before its data is loaded, or it takes two steps.
+"""
+
 from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
 from runner.compose import choices_of, config_from
 from runner.config import flat
 from runner.faults import ConfigError, Exit
 from runner.schema import RunConfig
-from tests.torture.forks import do_run, run_once, tail
-from tests.torture.scenarios import QUIET
+from tests.torture.forks import BOARD, do_run, limit_memory, run_once, tail
 
-SAMPLE = 20  # accepted configs that take two steps, at most
-SMALL = (
-    "dataset=synthetic dataset.size=16 dataset.samples=40 dataset.test_samples=20 batch_size=8 model=lenet5 model.hidden=8 "
-    "model.channels=[2,3]"
-).split()
-STEPS = ["trainer.max_steps=2", "epochs=1"]
+MEMORY = 3 << 30  # bytes of address space that a run may take on top of what it has
+SMALL = ("experiment=small",)  # in conf/: one word, since every word is judged anew where another one is refused
+CONF = (str(Path(__file__).parent / "conf"),)
 VALUES = [
     *"0 1 2 3 7 -1 1.5 0.1 1e-3 1e999 -0.0 nan inf true false null abc".split(),
     *"[] [1] [1,2] [20,50] {} {a:1} ${seed} ${oc.env:HOME} ${nope} ??? ~ 1_000 0x10 08 9999999999999999999".split(),
@@ -32,34 +35,101 @@ STRAY = [
     *"regime.phases=[{epoch:0,optimizer:SGD,lr:-5}] data_regime.phases=[{epoch:0,batch_size:4}]".split(),
     *"classifier=fixed regularizer=rounding_margin regime=cosine regime=adam_step data_regime=batch32".split(),
     *"plugins=[os] plugins=[nowhere.to.be.found] plugins=['../x']".split(),
-    *"trainer.ema=0.9 trainer.accumulate=2 trainer.grad_clip=1".split(),
+    *"trainer.ema=0.9 trainer.accumulate=2 trainer.grad_clip=1 trainer.on_nan=skip trainer.checkpoint_every=10min".split(),
 ]
+HONEST = {
+    int(Exit.BAD_CONFIG): "refused by the run",
+    int(Exit.NO_INPUT): "named a file that is not there",
+    int(Exit.OUT_OF_MEMORY): "ran out of memory",
+}
 
 
-def run(configs: int, seed: int, root: Path) -> dict[str, Any]:
-    """So many command lines; bad is anything but a RunConfig or a ConfigError, and any sampled run that ends oddly."""
-    rng, counts, bad = random.Random(seed), Counter[str](), []
-    keys, accepted = _keys(), []
-    for _ in range(configs):
-        words = _words(rng, keys)
-        try:
-            accepted.append((words, config_from([*SMALL, *words])))
-        except ConfigError:
-            counts["refused"] += 1
-        except BaseException as error:
-            bad.append(f"{words}: {error!r}")
-    counts["accepted"] = len(accepted)
-    for number, (words, config) in enumerate(rng.sample(accepted, min(SAMPLE, len(accepted)))):
-        counts["ran"] += 1
-        bad += _two_steps(words, config, root / f"run-{number}")
-    return {"configs": configs, **counts, "bad": bad}
+@dataclass
+class Tally:
+    """What became of the configs so far."""
+
+    root: Path
+    counts: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
 
 
-def _keys() -> list[str]:
+def run(configs: int, number: int, root: Path) -> dict[str, Any]:
+    """So many command lines; bad is any that is neither refused before its data is loaded nor takes two steps."""
+    tally = Tally(root)
+
+    @seed(number)
+    @settings(
+        max_examples=configs,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(command_lines())
+    def each(words: list[str]) -> None:
+        _judge(words, tally)
+
+    each()
+    return {"configs": sum(tally.counts.values()), **tally.counts, "bad": tally.bad}
+
+
+def _judge(words: list[str], tally: Tally) -> None:
+    try:
+        config = config_from([*SMALL, *words], CONF)
+    except ConfigError:
+        tally.counts["refused"] += 1
+    except BaseException as error:
+        tally.counts["traceback"] += 1
+        tally.bad.append(f"{words}: {error!r}")
+    else:
+        said, fault = _two_steps(config, tally.root / f"run-{sum(tally.counts.values())}")
+        tally.counts[said] += 1
+        tally.bad += [f"{words}: {fault}"] if fault else []
+
+
+def _two_steps(config: RunConfig, place: Path) -> tuple[str, str]:
+    """Two steps of what was accepted: what they came to, and what was wrong with it (empty where nothing was)."""
+    quiet = {"max_steps": 2, "progress": "none", "dashboard": "none"}
+    trainer = config.trainer.model_copy(update=quiet)
+    short = config.model_copy(update={"mode": "train", "outputs": "outputs", "trainer": trainer})
+
+    def limited() -> int:
+        limit_memory(MEMORY)
+        return do_run(short)
+
+    code = run_once(limited, place).code
+    if code in (Exit.DONE, Exit.DIVERGED):
+        return ("took two steps" if code == Exit.DONE else "diverged within two steps"), ""
+    if code in HONEST and (not BOARD.loaded or code == Exit.OUT_OF_MEMORY):
+        return HONEST[code], ""
+    return "ended badly", f"accepted, but ended with {code}{', its data loaded' * BOARD.loaded}: {tail(place)}"
+
+
+# What is drawn -----------------------------------------------------------------------------------------------------------
+
+
+def command_lines() -> st.SearchStrategy[list[str]]:
+    """A quantizer, and up to four changes: mostly of known keys to odd values."""
+    groups = choices_of()
+    quantizer = st.sampled_from(groups["quant"]).map(lambda name: f"quant={name}")
+    change = st.builds("{}={}".format, st.sampled_from(keys()), values())
+    choice = st.sampled_from([f"{group}={name}" for group, names in groups.items() for name in names])
+    noise = st.text(min_size=1, max_size=30)
+    some = st.lists(st.one_of(change, change, change, st.sampled_from(STRAY), choice, noise), max_size=4)
+    return st.builds(lambda first, rest: [first, *rest], quantizer, some)
+
+
+def values() -> st.SearchStrategy[str]:
+    numbers = st.one_of(st.integers(-3, 40), st.integers(), st.floats()).map(str)
+    return st.one_of(st.sampled_from(VALUES), st.sampled_from(VALUES), numbers)
+
+
+@cache
+def keys() -> list[str]:
     """Every key that the shipped configs have, by its path."""
     found: set[str] = set()
     for quant in choices_of()["quant"]:
-        found |= set(_paths(flat(config_from([*SMALL, f"quant={quant}"]))))
+        found |= set(_paths(flat(config_from([*SMALL, f"quant={quant}"], CONF))))
     return sorted(found)
 
 
@@ -67,35 +137,3 @@ def _paths(raw: Any, path: str = "") -> list[str]:
     if not isinstance(raw, dict):
         return [path]
     return [p for key, value in raw.items() for p in _paths(value, f"{path}.{key}" if path else key)]
-
-
-def _words(rng: random.Random, keys: list[str]) -> list[str]:
-    groups = choices_of()
-    words = [f"quant={rng.choice(groups['quant'])}"]
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
-        kind = rng.random()
-        if kind < 0.7:
-            words.append(f"{rng.choice(keys)}={rng.choice(VALUES)}")
-        elif kind < 0.9:
-            words.append(rng.choice(STRAY))
-        elif kind < 0.95:
-            words.append(f"{rng.choice(list(groups))}={rng.choice(rng.choice(list(groups.values())))}")
-        else:
-            words.append(_noise(rng))
-    return words
-
-
-def _noise(rng: random.Random) -> str:
-    """Printable and other characters, in no order."""
-    return "".join(chr(rng.randrange(*rng.choice(((32, 127), (1, 0x2FFF))))) for _ in range(rng.randrange(1, 30)))
-
-
-def _two_steps(words: list[str], config: RunConfig, place: Path) -> list[str]:
-    """Two steps of what was accepted: any code of the table but the one for errors of the program, and no traceback."""
-    try:
-        short = config_from([*SMALL, *words, *STEPS, *QUIET, "outputs=outputs", "mode=train"])
-    except ConfigError:
-        return []  # two steps of one epoch are not what this config can do
-    end = run_once(lambda: do_run(short), place)
-    honest = {int(code) for code in Exit} - {int(Exit.INTERNAL)}
-    return [] if end.code in honest else [f"{words}: accepted, but ended with {end.code}: {tail(place)}"]

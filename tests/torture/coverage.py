@@ -1,11 +1,13 @@
-"""What can go wrong, and the test that does it for real: README.md, written by `python -m tests.torture.coverage`.
+"""README.md, written by `python -m tests.torture.coverage`: the figures of the last long round, the levels, the table of faults.
 
 The last column of faults.csv holds `file::test` and `level NAME` (of this harness), or `not: why` where nothing covers a fault.
 """
 
 import ast
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 from tests.torture.levels import LEVELS
 
@@ -35,22 +37,54 @@ def _tests() -> set[str]:
 
 def page() -> str:
     """README.md, whole."""
-    lines = [f"| {row} | {fault} | {follows} | {_cell(tests)} |" for row, fault, follows, tests in table()]
-    levels = [
-        f"| `{level.name}` | {_first_line(level.run)} | {_count(level.short)} | {_count(level.long)} |"
-        for level in LEVELS
+    figures = json.loads((HERE / "figures.json").read_text(encoding="utf-8"))
+    faults = [[row, fault, follows, _cell(tests)] for row, fault, follows, tests in table()]
+    levels = [[f"`{level.name}`", _first_line(level.run), _count(level.short), _count(level.long)] for level in LEVELS]
+    sections = [
+        (HERE / "intro.md").read_text(encoding="utf-8").rstrip(),
+        f"## Figures\n\n{_round(figures)}\n\n{_rows(['what was done', 'how often', 'what came of it'], findings(figures))}",
+        f"## Levels\n\n{_rows(['level', 'what it does', 'short round', 'long round'], levels)}",
+        f"## Faults\n\n{_rows(['', 'what happens', 'what must follow', 'covered by'], faults)}",
     ]
-    intro = (HERE / "intro.md").read_text(encoding="utf-8")
-    return "\n".join(
-        [
-            intro.rstrip(),
-            "\n## Levels\n\n| level | what it does | short round | long round |\n|---|---|---:|---:|",
-            *levels,
-            "\n## Faults\n\n| | what happens | what must follow | covered by |\n|---|---|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _round(figures: dict[str, Any]) -> str:
+    minutes = figures["seconds"] / 60
+    skipped = [name for name, found in figures.items() if isinstance(found, dict) and "skipped" in found]
+    left_out = f" Not run there: {', '.join(skipped)}." if skipped else ""
+    return f"Commit `{figures['commit']}`, seed {figures['seed']}, {figures['date'][:10]}, {minutes:,.0f} minutes.{left_out}"
+
+
+def findings(figures: dict[str, Any]) -> list[list[str]]:
+    """What was done, how often, and what came of it: a row for each level that ran."""
+    rows = [
+        ("kills", "random SIGKILLs", "kills", "{identical:,} of {runs:,} runs end with the bytes of one left alone; CSV rows "
+         "lost {rows_lost}, repeated {rows_repeated}, torn {rows_torn}"),
+        ("syscall_kills", "SIGKILL at a system call that touches the run folder, each in turn", "points", "{bad} bad"),
+        ("syscall_errors", "an error at a system call that touches the run folder, each in turn", "points",
+         "{bad} bad, no false 'done'"),
+        ("power_cuts", "power cuts of an ext4 disk", "cuts", "{identical:,} identical; {lost_commits} commits lost"),
+        ("command_lines", "signals to real command lines", "lines",
+         "{identical:,} of {runs:,} runs identical; {stops_saved} of {stops_asked} stops saved"),
+        ("mutants", "mutated checkpoints and weights", "mutants", "{refused:,} refused, {same:,} equal to the original, "
+         "accepted silently: {bad}"),
+        ("malicious", "malicious checkpoints, each under six names", "files", "{executed} ran their code"),
+        ("configs", "configs drawn by Hypothesis", "configs", "{bad} tracebacks or runs that end oddly; {refused:,} refused"),
+        ("ablation", "parts of the state left out in turn", "parts", "{seen} noticed"),
+        ("control_kills", "control: kills over naive storage (must fail)", "kills", "{failed} of {runs} runs fail"),
+        ("control_power", "control: power cuts without fsync (must lose)", "cuts", "{lost_commits} commits lost"),
+    ]  # fmt: skip
+    return [
+        [what, f"{figures[level][count]:,}", said.format(**figures[level] | {"bad": len(figures[level]["bad"])})]
+        for level, what, count, said in rows
+        if "skipped" not in figures.get(level, {"skipped": ""})
+    ]
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _count(size: int) -> str:

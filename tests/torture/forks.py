@@ -1,13 +1,16 @@
 """The fork server: torch is imported once, every run is a child that can be killed at any moment."""
 
+import gc
 import os
 import random
+import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +22,31 @@ from runner.folder import RunFolder, done_already, run_path
 from runner.job import train
 from runner.schema import RunConfig
 from runner.screen import Screen
+from runner.signals import FATAL
 from tests.torture.phases import Board, watch
 
 KILLED = {-signal.SIGKILL, -signal.SIGALRM}  # exit codes of children that ended without a last word
-LIMIT = 120.0  # seconds after which a child counts as hanging
+LIMIT = 900.0  # seconds after which a child counts as hanging; a busy machine may hold it for minutes
 BOARD = Board()
 
 
-def prepare() -> None:
-    """Once, before the first fork: one thread, so that a fork copies a whole process; what is read once, is read here."""
+def prepare(configs: Sequence[RunConfig]) -> None:
+    """Once, before the first fork: one thread, so that a fork copies a whole process; what is read once, is read here.
+
+    `configs` are run in this process, so that no child has to import or to build what all of them need.
+    """
     torch.set_num_threads(1)
     environment(torch.device("cpu"))
+    handlers = {number: signal.getsignal(number) for number in FATAL}
+    for config in configs:
+        with tempfile.TemporaryDirectory() as place, chdir(place):
+            if do_run(config):
+                raise RuntimeError(f"{run_path(config)}: does not even run undisturbed")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     watch(BOARD)
+    gc.collect()
+    gc.freeze()
 
 
 def do_run(config: RunConfig) -> int:
@@ -44,10 +60,10 @@ def do_run(config: RunConfig) -> int:
         return int(exit_code(error))
 
 
-def fork(work: Callable[[], int], place: Path, stopped: bool = False, aim: "Aim | None" = None) -> int:
+def fork(work: Callable[[], int], place: Path, gate: int | None = None, aim: "Aim | None" = None) -> int:
     """Start `work` in a child, in the folder `place`; its result becomes the exit code. The child's pid.
 
-    Its output goes to the file beside `place`, see `log_of`. With `stopped`, it waits for SIGCONT before it begins.
+    Its output goes to the file beside `place`, see `log_of`. With a `gate`, it first waits for a byte from that pipe.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,8 +80,8 @@ def fork(work: Callable[[], int], place: Path, stopped: bool = False, aim: "Aim 
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         os.chdir(place)
-        if stopped:
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if gate is not None:
+            os.read(gate, 1)
         code = work()
     except BaseException:
         traceback.print_exc()
@@ -75,6 +91,13 @@ def fork(work: Callable[[], int], place: Path, stopped: bool = False, aim: "Aim 
         with suppress(OSError):
             sys.stderr.flush()
         os._exit(code)
+
+
+def limit_memory(more: int) -> None:
+    """This process may take so many bytes of address space on top of what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def log_of(place: Path) -> Path:

@@ -9,7 +9,6 @@ import random
 import resource
 import runpy
 import shutil
-import signal
 import subprocess
 import zipfile
 from collections import Counter
@@ -24,11 +23,11 @@ from runner.checkpoint import SCHEMA, Checkpoints, _check, load, loads
 from runner.faults import BadData, RunnerError
 from runner.files import sha256
 from runner.weights import read_weights
-from tests.torture.forks import do_run, run_once
+from tests.torture.forks import do_run, limit_memory, run_once
 from tests.torture.scenarios import digest, short_scenario
 
 MEMORY = 2 << 30  # bytes of address space that a child may take on top of what it has
-SECONDS = 60
+SECONDS = 60  # of a processor, not of the clock: a busy machine may hold a child for minutes
 BATCH = 50  # mutants a child
 REFUSED, SAME, OTHER, CRASHED = 0, 1, 2, 3
 WORDS = ("refused", "same", "silently other", "odd exception")
@@ -141,10 +140,8 @@ def _in_child(work: Callable[[], list[int]], root: Path) -> list[int] | None:
     answer.unlink(missing_ok=True)
 
     def limited() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.alarm(SECONDS)
+        limit_memory(MEMORY)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         answer.write_text(json.dumps(work()))
         return 0
 

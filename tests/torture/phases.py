@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import runner.job
+import runner.run
 import runner.train
 from runner.checkpoint import Checkpoints
 from runner.log import CsvLog
@@ -28,6 +29,10 @@ class Board:
     """Shared memory of a parent and its forked children: the phase, how often each was entered, the last commit."""
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Memory of this process and its own children only."""
         self.memory = mmap.mmap(-1, mmap.PAGESIZE)
         self.clear()
 
@@ -51,6 +56,15 @@ class Board:
     @committed.setter
     def committed(self, step: int) -> None:
         struct.pack_into("<q", self.memory, COMMITTED, step)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the data of the run was loaded."""
+        return bool(self.memory[1])
+
+    @loaded.setter
+    def loaded(self, now: bool) -> None:
+        self.memory[1] = now
 
     def aim(self, phase: str, entry: int, delay: float) -> None:
         """The child shall end `delay` seconds after it enters `phase` for the `entry`-th time."""
@@ -91,7 +105,20 @@ def watch(board: Board) -> None:
     _mark(CsvLog, "_append", board, lambda *_: "csv")
     _mark(Checkpoints, "save", board, lambda *_: "save", commits=True)
     _mark(Checkpoints, "_prune", board, lambda *_: "prune")
+    _mark_data(board)
     _mark(Run, "begin", board, lambda run: "resume" if run.checkpoints.manifests() else "start")
+
+
+def _mark_data(board: Board) -> None:
+    inner: Function = runner.run.load
+
+    @functools.wraps(inner)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        data = inner(*args, **kwargs)
+        board.loaded = True
+        return data
+
+    runner.run.load = marked
 
 
 def _mark(owner: Any, name: str, board: Board, phase_of: Callable[..., str], commits: bool = False) -> None:

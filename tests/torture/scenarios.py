@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from runner.checkpoint import Checkpoints, load
-from runner.compose import config_from, split_options
+from runner.compose import choices_of, config_from, split_options
 from runner.folder import run_path
 from runner.schema import RunConfig
 
@@ -48,6 +48,7 @@ class Scenario:
 
 
 TRAINING = ("epochs=3", "trainer.checkpoint_every=2", SWITCH)
+POISONED = ("model.poison=0.3", "trainer.on_nan=lower_lr")
 SHORT = ("epochs=2", "dataset.samples=20", "trainer.checkpoint_every=2")
 
 
@@ -60,12 +61,18 @@ def scenarios() -> list[Scenario]:
         Scenario("lsq with an average", ("quant=lsq", *TRAINING, ema)),
         Scenario("8bit-rangebn, stochastic rounding", ("quant=8bit-rangebn", *TRAINING)),
         Scenario("actgrad, stochastic rounding", ("quant=actgrad", "quant.bits=2", *TRAINING)),
+        Scenario("lsq, batches that give NaN", ("quant=lsq", *TRAINING, *POISONED)),
     ]
 
 
 def short_scenario() -> Scenario:
     """Four steps and three commits: for sweeps over every system call."""
-    return Scenario("short lsq", ("quant=lsq", *SHORT))
+    return Scenario("short xnor", ("quant=xnor", *SHORT))
+
+
+def short_scenarios() -> list[Scenario]:
+    """One of each quantizer, as short."""
+    return [Scenario(quant, (f"quant={quant}", *SHORT)) for quant in choices_of()["quant"]]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ ERRORS = {
     "fsync": ("EIO",),
     "fdatasync": ("EIO", "ENOSPC"),
     "rename": ("ENOSPC", "EROFS"),
-    "openat": ("EMFILE", "EROFS", "EIO"),
+    "openat": ("EMFILE", "EIO"),
+    "openat to write": ("EMFILE", "EIO", "ENOSPC", "EROFS"),
     "unlink": ("EROFS",),
     "close": ("EIO",),
     "ftruncate": ("EIO",),
@@ -56,77 +57,85 @@ class Point:
 
 @dataclass(frozen=True)
 class Stage:
-    """A scenario with its undisturbed run, and a folder that was killed half-way, to be copied for faults during resume."""
+    """A scenario with its undisturbed run, and a folder that was killed half-way, to be copied for faults during resume.
+
+    `calls`: those that touch the run folder, of a run that starts (False) and of a resumed one (True); see `_calls`.
+    """
 
     scenario: Scenario
     known: Reference
     half: Path
-    calls: dict[bool, Counter[str]]
+    calls: dict[bool, list[tuple[str, int, bool]]]
 
 
 def run_kills(size: int, seed: int, root: Path) -> dict[str, Any]:
-    """A kill at every call, or at about `size` of them (0: all), spread evenly over the kinds and over each."""
-    return _sweep(root, size, lambda call: (None,))
+    """A kill at every call that touches the run folder, in a run that starts and in a resumed one."""
+    return _sweep(root, size, lambda call, writes: (None,), -9)
 
 
 def run_errors(size: int, seed: int, root: Path) -> dict[str, Any]:
-    """Every error at every call, or at about `size` of them (0: all), spread evenly over the kinds and over each."""
-    return _sweep(root, size, lambda call: ERRORS[call])
+    """Every error that may meet it at every call that touches the run folder, in a run that starts and in a resumed one."""
+    return _sweep(root, size, lambda call, writes: ERRORS[f"{call} to write" if writes else call], int(Exit.IO))
 
 
-def _sweep(root: Path, size: int, errors_of: Callable[[str], Iterable[str | None]]) -> dict[str, Any]:
+def _sweep(root: Path, size: int, errors_of: Callable[[str, bool], Iterable[str | None]], usual: int) -> dict[str, Any]:
+    """Every point, or `size` of them (0: all), evenly spaced. Most have to end with the `usual` code, or nothing was hit."""
     need("strace")
     stage = prepare(root)
-    kinds = [
-        [Point(call, number + 1, error, resumed) for number in range(stage.calls[resumed][call])]
-        for resumed in (False, True)
-        for call in CALLS
-        for error in errors_of(call)
+    points = [
+        Point(call, number, error, resumed)
+        for resumed, calls in stage.calls.items()
+        for call, number, writes in calls
+        for error in errors_of(call, writes)
     ]
     codes: Counter[int] = Counter()
     bad: list[str] = []
-    chosen = _spread(kinds, size or sum(map(len, kinds)))
+    count = min(size or len(points), len(points))
+    chosen = [points[i * len(points) // count] for i in range(count)]
     for index, point in enumerate(chosen):
         code, faults = strike(stage, point, root / f"point-{index}")
         codes[code] += 1
         bad += [f"{point.injection}{' in a resumed run' if point.resumed else ''}: {fault}" for fault in faults]
+    if codes[usual] < count // 4:
+        bad.append(f"only {codes[usual]} of {count} runs ended with {usual}: the faults of this round prove nothing")
     return {
         "points": len(chosen),
-        "of": sum(map(len, kinds)),
+        "of": len(points),
         "exit_codes": {str(code): count for code, count in sorted(codes.items())},
         "bad": bad,
     }
 
 
-def _spread(kinds: list[list[Point]], size: int) -> list[Point]:
-    """Some of each kind: all of a kind that has few, evenly spaced ones of a kind that has many."""
-    share = max((n for n in range(1, size + 1) if sum(min(len(kind), n) for kind in kinds) <= size), default=1)
-    return [kind[i * len(kind) // min(len(kind), share)] for kind in kinds for i in range(min(len(kind), share))]
-
-
 def prepare(root: Path) -> Stage:
-    """The undisturbed run, a half-done one, and how many calls of each kind either makes."""
+    """The undisturbed run, a half-done one, and the calls that either makes."""
     scenario = short_scenario()
     known = reference(scenario, root / "reference")
     half = root / "half"
     run_and_kill(lambda: do_run(scenario.config), half, Aim(0.0, "save", 2))
     again = root / "again"
     shutil.copytree(half, again)
-    calls = {False: _count(scenario, root / "counted"), True: _count(scenario, again)}
+    calls = {False: _calls(scenario, root / "counted"), True: _calls(scenario, again)}
     return Stage(scenario, known, half, calls)
 
 
-def _count(scenario: Scenario, place: Path) -> Counter[str]:
-    trace = place.with_name(f"{place.name}-trace.txt")
-    traced(scenario, place, ["-e", f"trace={','.join(CALLS)}", "-o", str(trace)])
-    return Counter(re.findall(r"^\d+ +(\w+)\(", trace.read_text(errors="replace"), re.MULTILINE))
+def _calls(scenario: Scenario, place: Path) -> list[tuple[str, int, bool]]:
+    """The calls that touch the run folder, in their order: kind, number among all of its kind, whether it opens to write."""
+    trace, folder = place.with_name(f"{place.name}-trace.txt"), scenario.folder(place).name
+    traced(scenario, place, ["-y", "-e", f"trace={','.join(CALLS)}", "-o", str(trace)])
+    seen: Counter[str] = Counter()
+    found = []
+    for call, rest in re.findall(r"^\d+ +(\w+)\((.*)$", trace.read_text(errors="replace"), re.MULTILINE):
+        seen[call] += 1
+        if folder in rest:
+            found.append((call, seen[call], call == "openat" and "O_CREAT" in rest))
+    return found
 
 
 def traced(scenario: Scenario, place: Path, options: list[str]) -> End:
     """A run under strace, attached before it begins."""
     began = time.monotonic()
-    child = fork(lambda: do_run(scenario.config), place, stopped=True)
-    os.waitpid(child, os.WUNTRACED)
+    gate, opener = os.pipe()
+    child = fork(lambda: do_run(scenario.config), place, gate=gate)
     command = ["strace", "-f", "-p", str(child), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as tracer:
         while "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text():
@@ -135,9 +144,11 @@ def traced(scenario: Scenario, place: Path, options: list[str]) -> End:
                 os.waitpid(child, 0)
                 raise RuntimeError(f"strace cannot attach: {tracer.stderr.read().decode() if tracer.stderr else ''}")
             time.sleep(0.001)
-        os.kill(child, signal.SIGCONT)
+        os.write(opener, b"x")
+        os.close(opener)
+        os.close(gate)
         end = finish(child, began)
-        tracer.wait(timeout=30)
+        tracer.wait()
     return end
 
 
