@@ -135,6 +135,36 @@ def train_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     return samples if limit is None else min(samples, int(limit))
 
 
+def shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """(channels, classes, side) of the images that a model will see; None where only reading them would tell.
+
+    `arguments` are the keys of `dataset`, the reader's own and the common ones.
+    """
+    known: tuple[int, int, int] | None = None
+    if name in IDX:
+        known = 1, 10, 28
+    elif name in CIFAR:
+        known = 3, 100 if name == "cifar100" else 10, 32
+    elif name == "digits":
+        known = 1, 10, 8
+    elif name == "synthetic":
+        known = int(arguments["channels"]), int(arguments["classes"]), int(arguments["size"])
+    elif name in ("imagenet", "folder") and (arguments.get("decode_size") or arguments.get("input_size")):
+        known = _shape_of_folders(arguments)
+    if known is None:
+        return None
+    return known[0], known[1], int(arguments.get("input_size") or known[2])
+
+
+def _shape_of_folders(arguments: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    root = Path(str(arguments.get("root", "data")))
+    try:
+        classes = len(class_folders(root / "train" if (root / "train").is_dir() else root))
+    except OSError:
+        return None
+    return int(arguments.get("channels", 3)), classes, int(arguments.get("decode_size") or 0)
+
+
 def _samples_before_split(name: str, arguments: Mapping[str, Any]) -> tuple[int | None, bool]:
     """The training images of the files, and whether a validation set of their own stands beside them."""
     if name in IDX:

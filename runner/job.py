@@ -3,7 +3,6 @@
 import csv
 import io
 import sys
-import webbrowser
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,8 @@ from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, Storage
 from runner.files import write_atomic, write_json
 from runner.folder import RunFolder, done_already, run_path
 from runner.log import cell
+from runner.pages.command import open_live
+from runner.preflight import refuse_misfits
 from runner.ranks import Place, folder_for
 from runner.regime import too_late
 from runner.run import Run
@@ -67,9 +68,12 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
         world = join(place, device, partial(folder.status, "preempted", int(Exit.PREEMPTED)))
         if world.first:
             write_atomic(path / "config.yaml", _yaml(config), durable=False)
+        refuse_misfits(config)
         run = Run(config, folder, screen, stop, device, world)
         cost = _preflight(run)
         run.begin()
+        if config.trainer.dashboard == "open":
+            open_live(path)
         folder.status("running", steps_total=run.total_steps, epoch=run.progress.epoch, step=run.progress.step)
         stop.finish_steps()
         fit(run)
@@ -98,12 +102,9 @@ def _draw(path: Path, config: RunConfig, screen: Screen) -> None:
     from runner.pages.dashboard import write_dashboard
 
     try:
-        page = write_dashboard(path, defaults_of(config))
+        write_dashboard(path, defaults_of(config))
     except StorageError as error:
         screen.say(f"no dashboard: {error}")
-        return
-    if config.trainer.dashboard == "open":
-        webbrowser.open(page.resolve().as_uri())
 
 
 def _device(config: RunConfig) -> torch.device:

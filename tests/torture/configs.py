@@ -110,12 +110,16 @@ def _two_steps(config: RunConfig, place: Path) -> tuple[str, str]:
 
 def command_lines() -> st.SearchStrategy[list[str]]:
     """A quantizer, and up to four changes: mostly of known keys to odd values."""
-    groups = choices_of()
+    groups, defaults = choices_of(), defaults_by_key()
     quantizer = st.sampled_from(groups["quant"]).map(lambda name: f"quant={name}")
-    change = st.builds("{}={}".format, st.sampled_from(keys()), values())
+    odd = st.builds("{}={}".format, st.sampled_from(sorted(defaults)), values())
+    likely = st.sampled_from(sorted(defaults)).flatmap(
+        lambda key: likely_values(defaults[key]).map(lambda v: f"{key}={v}")
+    )
     choice = st.sampled_from([f"{group}={name}" for group, names in groups.items() for name in names])
     noise = st.text(min_size=1, max_size=30)
-    some = st.lists(st.one_of(change, change, change, st.sampled_from(STRAY), choice, noise), max_size=4)
+    kinds = [*[likely] * 5, *[odd] * 3, choice, choice, st.sampled_from(STRAY), noise]
+    some = st.lists(st.sampled_from(kinds).flatmap(lambda kind: kind), max_size=4)
     return st.builds(lambda first, rest: [first, *rest], quantizer, some)
 
 
@@ -124,16 +128,29 @@ def values() -> st.SearchStrategy[str]:
     return st.one_of(st.sampled_from(VALUES), st.sampled_from(VALUES), numbers)
 
 
+def likely_values(defaults: set[str]) -> st.SearchStrategy[str]:
+    """What a key might well take, judged by its defaults: texts of any key, numbers of their kind."""
+    if defaults <= {"True", "False"}:
+        return st.sampled_from(["true", "false"])
+    if any(text.lstrip("-").isdigit() for text in defaults):
+        return st.integers(0, 16).map(str)
+    if any(text.replace(".", "").replace("e-", "").isdigit() for text in defaults):
+        return st.floats(0, 1).map(lambda number: f"{number:.6f}")
+    words = sorted({text for texts in defaults_by_key().values() for text in texts if text.isidentifier()})
+    return st.one_of(st.sampled_from(words), st.sampled_from(["null", "1", "0.5", *sorted(defaults)]))
+
+
 @cache
-def keys() -> list[str]:
-    """Every key that the shipped configs have, by its path."""
-    found: set[str] = set()
+def defaults_by_key() -> dict[str, set[str]]:
+    """Every key that the shipped configs have, by its path, and all of its defaults as text."""
+    found: dict[str, set[str]] = {}
     for quant in choices_of()["quant"]:
-        found |= set(_paths(flat(config_from([*SMALL, f"quant={quant}"], CONF))))
-    return sorted(found)
+        for path, value in _leaves(flat(config_from([*SMALL, f"quant={quant}"], CONF))):
+            found.setdefault(path, set()).add(str(value))
+    return found
 
 
-def _paths(raw: Any, path: str = "") -> list[str]:
+def _leaves(raw: Any, path: str = "") -> list[tuple[str, Any]]:
     if not isinstance(raw, dict):
-        return [path]
-    return [p for key, value in raw.items() for p in _paths(value, f"{path}.{key}" if path else key)]
+        return [(path, raw)]
+    return [leaf for key, value in raw.items() for leaf in _leaves(value, f"{path}.{key}" if path else key)]
