@@ -75,7 +75,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def wait_for(self, expression: str, patience: float = 60.0) -> None:
+    def wait_for(self, expression: str, patience: float = 180.0) -> None:
         deadline = time.monotonic() + patience
         while not self.ask(expression):
             assert time.monotonic() < deadline, f"never came true: {expression}; {self.complaints()}"

@@ -18,7 +18,7 @@ def make(root: Path, quant: str, seed: int, top1: float, *words: str) -> None:
         "model": "lenet5", "dataset": "mnist", "quant": quant, "seed": seed, "epochs": 10, "test_top1": top1,
         "best_val_top1": top1,
         "train_seconds": 20.0,
-        "images_per_s": 1000.0, "saved_bytes_per_sample": 2048, "peak_memory_bytes": 1, "float_bytes": 4096,
+        "images_per_s": 1000.0, "saved_bytes_per_sample": 2048, "peak_memory_bytes": 3 * 2**20, "float_bytes": 4096,
         "packed_bytes": 1024, "environment": environment,
         "command": ["python", "-m", "runner", f"quant={quant}", f"seed={seed}", "outputs=/secret/place", *words],
     }  # fmt: skip
@@ -40,7 +40,7 @@ def test_configurations_are_grouped_over_seeds_and_compared_with_float_by_seed(o
     assert "| none | 10 | 3 | 99.20 ± 0.20 |" in lines[2]
     assert "| lsq | 10 | 1 | 97.00 (one run) | -2.00 |" in lines[3]
     # differences -1.0, -0.8, -1.2: mean -1, deviation 0.2, t(0.975, 2) = 4.303
-    assert "| lsq quant.act_bits=2 | 10 | 3 | 98.20 ± 0.20 | -1.00 [-1.50, -0.50] | 2.0 | 1 | 2.0 |" in lines[4]
+    assert "| lsq quant.act_bits=2 | 10 | 3 | 98.20 ± 0.20 | -1.00 [-1.50, -0.50] | 2.0 | 3 | 1 | 2.0 |" in lines[4]
 
 
 def test_rows_survive_a_csv_and_name_no_place(outputs: Path, tmp_path: Path) -> None:
@@ -66,5 +66,5 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         report([str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match="no finished run"):
         report([str(tmp_path)])
-    with pytest.raises(ConfigError, match="not accepted: md, csv"):
+    with pytest.raises(ConfigError, match="not accepted: md, html, latex, csv"):
         report(["--format", "doc"])

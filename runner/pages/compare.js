@@ -59,7 +59,7 @@
   function read() {
     runs = [...Page.named("runs").data.run].map((row) => JSON.parse(row)).filter((run) => run.id);  // live: some are not read yet
     base = Page.page.base;
-    keys = Comparison.differingKeys(runs, base);
+    keys = Comparison.differingKeys(runs.filter((run) => run.state !== "broken"), base);
     const byKey = keys.map((key) => [key, key]);
     choices(find("filter-key"), [["state", "state"], ...byKey], keys[0] ?? "state");
     choices(find("colour-key"), [["", "configuration"], ...byKey], "");

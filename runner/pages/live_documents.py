@@ -16,7 +16,7 @@ from runner.pages.records import read_run
 from runner.pages.watch import Followed, Watch
 
 EVERY = 1000  # milliseconds between looks at what changed
-SHARE = 0.05  # of one processor core that redrawing one page may take
+LEISURE = 10  # a page that is slow to bring up to date rests for that many times as long, but for no longer than a second
 FOLLOWING: dict[type[Model], tuple[str, ...]] = {
     ColumnDataSource: ("data",), IndexFilter: ("indices",), FixedTicker: ("ticks",), FactorRange: ("factors",),
     ColorMapper: ("low", "high"),
@@ -63,10 +63,10 @@ def follow_run(document: Document, followed: Followed) -> None:
     def update() -> None:
         if followed.version == state["version"] or time.monotonic() < state["rest_until"]:
             return
-        start = time.monotonic()
+        start = time.process_time()
         state["version"] = followed.version
         news.data = _news(followed.folder, models, shown)
-        state["rest_until"] = time.monotonic() + (time.monotonic() - start) / SHARE
+        state["rest_until"] = time.monotonic() + min(LEISURE * (time.process_time() - start), 1.0)
 
     document.add_periodic_callback(update, EVERY)
 

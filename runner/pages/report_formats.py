@@ -51,14 +51,14 @@ def _markdown(value: str) -> str:
 
 def html(report: Report, pictures_in: str | None) -> str:
     """One page with its figures inside; nothing in it can run."""
-    parts = [_html_table(report.results), "<h2>What the numbers say</h2>"]
+    parts = [f'<div class="results">{_html_table(report.results)}</div>', "<h2>What the numbers say</h2>"]
     parts += [f"<p>{text(paragraph)}</p>" for paragraph in report.discussion]
     figures = "".join(f"<figure>{p.svg}<figcaption>{text(p.caption)}</figcaption></figure>" for p in report.pictures)
     parts.append(f'<h2>Figures</h2><div class="pictures">{figures}</div>' if figures else "")
     if report.holes:
         parts.append("<h2>Not run</h2><ul>" + "".join(f"<li>{text(hole)}</li>" for hole in report.holes) + "</ul>")
     parts += [f"<h2>{text(each.caption)}</h2>{_html_table(each)}" for each in report.tables]
-    return still_page("Results", f"<header><h1>Results</h1></header><main>{''.join(parts)}</main>")
+    return still_page("Results", f"<header><h1>Results</h1></header><main class='report'>{''.join(parts)}</main>")
 
 
 def _html_table(each: Table) -> str:

@@ -55,7 +55,11 @@ def _point(cost: float, group: Group) -> svg.Series:
     values = [row["test_top1"] for row in group.rows]
     mean = sum(values) / len(values)
     sd = deviation(values) if len(values) > 1 else 0.0
-    return svg.Series(group.label, [cost], [mean], [mean - sd], [mean + sd], lines=False)
+    return svg.Series(_short(group), [cost], [mean], [mean - sd], [mean + sd], lines=False)
+
+
+def _short(group: Group) -> str:
+    return group.label.replace("quant.", "")
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -94,7 +98,7 @@ def _curve(group: Group) -> svg.Series | None:
     sds = [deviation(column) if len(column) > 1 else 0.0 for column in columns]
     low = [mean - sd for mean, sd in zip(means, sds, strict=True)]
     high = [mean + sd for mean, sd in zip(means, sds, strict=True)]
-    return svg.Series(group.label, list(range(1, length + 1)), means, low, high)
+    return svg.Series(_short(group), list(range(1, length + 1)), means, low, high)
 
 
 def bench_pictures(record: dict[str, Any]) -> Iterable[Picture]:

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from runner.faults import ConfigError, Fault
 from runner.pages.records import find_runs
 
 ROW = (
@@ -36,7 +37,7 @@ def collect(paths: Iterable[Path]) -> list[Row]:
     rows: list[Row] = []
     for path in paths:
         if path.is_file():
-            rows += [_numbers(row) for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))]
+            rows += _from_csv(path)
         else:
             rows += [row for folder in find_runs(path) if (row := _row(folder)) is not None]
     rows = list(
@@ -53,6 +54,14 @@ def collect(paths: Iterable[Path]) -> list[Row]:
             row["seed"],
         ),
     )
+
+
+def _from_csv(path: Path) -> list[Row]:
+    table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8", errors="replace")))
+    lost = set(ROW) - set(table.fieldnames or ())
+    if lost:
+        raise ConfigError([Fault(str(path), f"holds no rows of `report --format csv`: no column {', '.join(sorted(lost))}")])
+    return [_numbers(row) for row in table]
 
 
 def _row(folder: Path) -> Row | None:

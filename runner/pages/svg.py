@@ -7,6 +7,7 @@ picture is shown by a browser. What stands on an axis, what a series is called, 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 640, 380
@@ -22,11 +23,11 @@ LIGHT = ("#0065a3", "#c04f00", "#00785a", "#a23b7e", "#8a6d00", "#1f8fc4", "#3d4
 DARK = ("#62bdf0", "#f39a4a", "#35c79f", "#e58bc4", "#e3c64a", "#9db4ff", "#c3cad4", "#d19a80")
 STYLE = (
     "text{font:12px system-ui,-apple-system,'Segoe UI',Roboto,'Liberation Sans',Arial,sans-serif;fill:#16191d;"
-    "font-variant-numeric:tabular-nums}.title{font-size:14px;font-weight:600}.quiet{fill:#555d68}.axis{stroke:#8a929d}"
+    "font-variant-numeric:tabular-nums}.label{paint-order:stroke;stroke:#fff;stroke-width:3px}.title{font-size:14px;font-weight:600}.quiet{fill:#555d68}.axis{stroke:#8a929d}"
     ".grid{stroke:#e6e9ed}.ground{fill:#fff}.front{stroke:#555d68;stroke-dasharray:2 3;fill:none;stroke-width:1.5}"
 )
 STYLE_DARK = (
-    "text{fill:#e9ecf0}.quiet{fill:#a3acb8}.axis{stroke:#707a87}.grid{stroke:#272e37}"
+    "text{fill:#e9ecf0}.label{stroke:#181c22}.quiet{fill:#a3acb8}.axis{stroke:#707a87}.grid{stroke:#272e37}"
     ".ground{fill:#181c22}.front{stroke:#a3acb8}"
 )
 
@@ -103,7 +104,7 @@ class Chart:
         for index, series in enumerate(self.series):
             parts += _drawn(series, index, x, y)
         if points:
-            parts += _labels(self.series, x, y)
+            parts += _labels(self.series, self.front, x, y)
         return _document("\n".join(parts), height, self._in_words())
 
     def _scales(self, top: float, bottom: float) -> tuple[Scale, Scale]:
@@ -205,19 +206,21 @@ def _drawn(series: Series, index: int, x: Scale, y: Scale) -> Iterable[str]:
         yield f'<path class="f{colour}" transform="translate({a:.1f} {b:.1f})" d="{shape}"/>'
 
 
-def _labels(series: Sequence[Series], x: Scale, y: Scale) -> Iterable[str]:
+def _labels(series: Sequence[Series], front: Sequence[tuple[float, float]], x: Scale, y: Scale) -> Iterable[str]:
     """Names beside points: to the right, left, above or below, wherever nothing else is written yet."""
     taken = [(x(a) - 6, y(b) - 6, x(a) + 6, y(b) + 6) for s in series for a, b in zip(s.x, s.y, strict=True)]
+    taken += [(x(s.x[0]) - 2, y(s.high[0]), x(s.x[0]) + 2, y(s.low[0])) for s in series if len(s.high) and len(s.low)]
+    taken += [(x(a), y(b) - 1, x(c), y(b) + 1) for (a, b), (c, _) in pairwise(front)]
     for one in series:
         width = LETTER * len(one.label)
         a, b = x(one.x[0]), y(one.y[0])
-        rows = [0, -14, 14, -28, 28, -42, 42, -56, 56]
+        rows = [0, -13, 13, -26, 26, -39, 39, -52, 52]
         spots = [(a + 9 if right else a - 9 - width, b + row) for row in rows for right in (True, False)]
         inside = [spot for spot in spots if spot[0] >= LEFT and spot[0] + width <= WIDTH - 4]
         free = [s for s in inside if not any(_overlap((s[0], s[1] - 6, s[0] + width, s[1] + 6), box) for box in taken)]
         left, middle = next(iter(free or inside or spots))
         taken.append((left, middle - 6, left + width, middle + 6))
-        yield f'<text x="{left:.1f}" y="{middle + 4:.1f}">{escape(one.label)}</text>'
+        yield f'<text class="label" x="{left:.1f}" y="{middle + 4:.1f}">{escape(one.label)}</text>'
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

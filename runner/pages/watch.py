@@ -43,10 +43,10 @@ class Watch:
 
     def refresh(self, patience: float = 0.5) -> None:
         """Look for changes; what takes longer than `patience` seconds goes on at the next call."""
-        start = time.monotonic()
+        start, worked = time.monotonic(), time.process_time()
         if start >= self._next_search:
             self._search()
-            self._next_search = time.monotonic() + LEISURE * (time.monotonic() - start)
+            self._next_search = time.monotonic() + LEISURE * (time.process_time() - worked)
         else:
             running = [run for run in self.runs.values() if run.state not in SETTLED]
             self._pending += [run for run in running if run not in self._pending]

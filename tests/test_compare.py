@@ -1,0 +1,236 @@
+"""The comparison: what a row says of a run, and what the page does with the rows, in a real browser."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from browser import CHROMIUM, Browser
+from run_samples import LENET, make_run
+
+from runner.faults import ConfigError
+from runner.pages.command import dashboard
+from runner.pages.compare import write_comparison
+from runner.pages.entries import base_of, encoded, entry_of, points_for, settings_of
+from runner.pages.records import find_runs, read_run
+
+HOSTILE = '</script><img src=//x.example/i onerror="window.hit=1"><script>window.hit=1</script>\'"&{{7*7}}$$x^2$$=1'
+BITS = {"none": 32, "lsq": 4, "xnor": 1}
+
+
+def make_runs(root: Path, quants: tuple[str, ...] = ("none", "lsq", "xnor"), seeds: int = 3, epochs: int = 12) -> Path:
+    """Runs of some quantizers and seeds, whose accuracy and packed size are known."""
+    for q, quant in enumerate(quants):
+        for seed in range(seeds):
+            folder = make_run(root / "runs" / f"{quant}-s{seed}", epochs=epochs, layers=LENET, quant=quant, drops=(8,))
+            change(folder / "config.yaml", seed=seed, quant={"name": quant, "bits": BITS[quant]})
+            change(
+                folder / "summary.json",
+                seed=seed, name=folder.name, test_top1=90.0 + q + 0.1 * seed, packed_bytes=1000 * BITS[quant],
+            )  # fmt: skip
+    return root
+
+
+def change(path: Path, **values: object) -> None:
+    content = yaml.safe_load(path.read_text()) | values  # JSON is YAML
+    path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_runs(tmp_path_factory.mktemp("outputs"))
+    (root / "runs" / "broken").mkdir()
+    (root / "runs" / "broken" / "metrics.csv").write_bytes(b"\xff\0")
+    assert dashboard([str(root), "--compare"]) == 0
+    return root / "comparison.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    instance = Browser()
+    yield instance
+    instance.close()
+
+
+def test_a_row_tells_settings_as_differences_from_the_most_common_ones(tmp_path: Path) -> None:
+    runs = [read_run(folder) for folder in find_runs(make_runs(tmp_path, ("lsq", "xnor"), 2))]
+    settings = [settings_of(run) for run in runs]
+    base = base_of(settings)
+    assert not {"name", "outputs", "trainer.progress"} & set(base)
+    rows = [json.loads(encoded(entry_of(run, "x", 50), base)) for run in runs]
+    for row, own in zip(rows, settings, strict=True):
+        told = {key: value for key, value in (base | row["settings"]).items() if value is not None}
+        assert told == own
+        assert len(row["settings"]) <= 4
+    xnor = rows[-1]
+    assert xnor["costs"]["packed_bytes"] == 1000
+    assert xnor["reached"]["test"] == 91.1
+    layers = runs[-1].layers
+    assert xnor["costs"]["weight_bits"] == pytest.approx(
+        (layers["weight_bits"] * layers["parameters"]).sum() / layers["parameters"].sum(), rel=1e-5
+    )
+
+
+def test_curves_of_different_lengths_keep_epochs_in_common(tmp_path: Path) -> None:
+    curves = []
+    for epochs in (90, 200):
+        run = read_run(make_run(tmp_path / str(epochs), epochs=epochs, layers=LENET, drops=()))
+        curves.append(entry_of(run, "x", 40)["curve"])
+        assert len(curves[-1]["epoch"]) <= 42
+        assert curves[-1]["epoch"][-1] == epochs
+    shared = set(curves[0]["epoch"]) & set(curves[1]["epoch"])
+    assert len(shared) >= 11
+    assert points_for(2) == 200
+    assert points_for(500) == 80
+    assert points_for(10_000) == 20
+
+
+TABLE = "[...document.querySelectorAll('#results tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+CHANGE = "((id, v) => {{const e = document.getElementById(id); e.value = v; e.dispatchEvent(new Event('change', {{bubbles: true}}))}})({}, {})"
+LINES = "Bokeh.documents[0].get_model_by_name('lines').data"
+
+
+def choose(browser: Browser, name: str, value: str) -> None:
+    browser.ask(CHANGE.format(json.dumps(name), json.dumps(value)))
+
+
+def test_means_deviations_and_the_pareto_front(browser: Browser, compared: Path) -> None:
+    browser.open(compared)
+    rows = browser.ask(TABLE)
+    assert [row[0] for row in rows] == ["xnor", "lsq", "none"], "the best comes first"
+    by_name = {row[0]: row for row in rows}
+    assert by_name["xnor"][1] == "3"
+    assert by_name["xnor"][3] == "92.10 ± 0.10"
+    assert by_name["none"][3] == "90.10 ± 0.10"
+    front = browser.ask("Bokeh.documents[0].get_model_by_name('front-packed_bytes').data")
+    assert list(front["y"]) == [pytest.approx(92.1)], "the smallest is the best, too"
+    lines = browser.ask(f"(d => ({{label: [...d.label], n: [...d.n], xs: [...d.xs[0]]}}))({LINES})")
+    assert sorted(lines["label"]) == ["lsq", "none", "xnor"]
+    assert lines["n"] == [3, 3, 3]
+    assert lines["xs"] == list(range(1, 13))
+    assert "1 folder could not be read" in browser.ask("document.getElementById('broken').textContent")
+    assert browser.requests() == [compared.as_uri()]
+    assert browser.complaints() == []
+
+
+def test_filter_colour_axis_sort_and_mute(browser: Browser, compared: Path) -> None:
+    browser.open(compared)
+    choose(browser, "filter-key", "quant.name")
+    choose(browser, "filter-value", json.dumps("lsq"))
+    choose(browser, "filter-value", json.dumps("none"))
+    assert sorted(row[0] for row in browser.ask(TABLE)) == ["lsq", "none"]
+    choose(browser, "filter-key", "seed")
+    choose(browser, "filter-value", json.dumps("1"))
+    assert [row[1] for row in browser.ask(TABLE)] == ["1", "1"]
+    browser.ask(
+        "[...document.querySelectorAll('[data-unfilter]')].forEach(() => document.querySelector('[data-unfilter]').click())"
+    )
+    assert len(browser.ask(TABLE)) == 3
+    choose(browser, "colour-key", "quant.name")
+    assert len(set(browser.ask(f"[...{LINES}.colour]"))) == 3
+    browser.ask("document.querySelector('[data-category=\"colour:lsq\"]').click()")
+    assert sorted(browser.ask(f"[...{LINES}.alpha]")) == [0.08, 1, 1]
+    browser.ask("document.querySelector('input[name=compared][value=time]').click()")
+    label = "[...Bokeh.documents[0].all_models].find(m => m.type === 'LinearAxis' && m.name === 'x').axis_label"
+    assert browser.ask(label) == "time spent (min)"
+    choose(browser, "metric", "train_loss")
+    assert browser.ask("document.querySelector('.wide h3').textContent") == "Train loss"
+    browser.ask("document.querySelector('[data-sort=\"results:3\"]').click()")
+    means = [float(row[3].split()[0]) for row in browser.ask(TABLE)]
+    assert means in (sorted(means), sorted(means, reverse=True))
+    choose(browser, "goal", "last")
+    assert "last validation" in browser.ask("document.getElementById('plot-cost-packed_bytes').ariaLabel")
+    assert browser.complaints() == []
+
+
+def test_links_lead_to_the_pages_of_the_runs(browser: Browser, compared: Path) -> None:
+    browser.open(compared)
+    links = browser.ask("[...document.querySelectorAll('#results a')].map(a => a.href)")
+    assert sorted(links) == sorted(
+        (folder / "dashboard.html").resolve().as_uri()
+        for folder in find_runs(compared.parent)
+        if "broken" not in folder.name
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 2560])
+def test_it_fits_its_window(browser: Browser, compared: Path, scheme: str, width: int) -> None:
+    browser.open(compared, scheme=scheme, width=width)
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    assert browser.complaints() == []
+
+
+def test_hostile_strings_are_text_wherever_they_appear(browser: Browser, tmp_path: Path) -> None:
+    for index in range(2):
+        folder = make_run(tmp_path / f"r{index}", epochs=3, layers=LENET, drops=(), words=HOSTILE)
+        change(folder / "config.yaml", **{HOSTILE: f"{HOSTILE}{index}", "quant": {"name": f"{HOSTILE}{index}"}})
+    page = write_comparison(find_runs(tmp_path), tmp_path / "comparison.html")
+    browser.open(page)
+    for key in (HOSTILE, "quant.name"):
+        choose(browser, "colour-key", key)
+        choose(browser, "dash-key", key)
+        choose(browser, "filter-key", key)
+        browser.ask(
+            "(s => { s.selectedIndex = 1; s.dispatchEvent(new Event('change', {bubbles: true})) })(document.getElementById('filter-value'))"
+        )
+    assert browser.ask("window.hit") is None
+    assert browser.ask("document.querySelectorAll('img, script[src]').length") == 0
+    assert HOSTILE in browser.ask("document.getElementById('settings').textContent")
+    assert HOSTILE in browser.ask("document.getElementById('chips').textContent")
+    box = browser.ask("(e => { e.scrollIntoView({block: 'center'}); return e.getBoundingClientRect().toJSON() })"
+                      "(document.getElementById('plot-curves'))")  # fmt: skip
+    for part in range(3, 18):
+        browser.call(
+            "Input.dispatchMouseEvent",
+            type="mouseMoved",
+            x=box["x"] + box["width"] / 2,
+            y=box["y"] + box["height"] * part / 20,
+        )
+    assert (
+        browser.ask(
+            "[...document.querySelectorAll('.bk-Tooltip')].filter(t => t.shadowRoot.querySelector('img, script')).length"
+        )
+        == 0
+    )
+    assert browser.requests() == [page.as_uri()]
+    assert browser.complaints() == []
+
+
+def test_one_run_and_runs_that_differ_in_nothing(browser: Browser, tmp_path: Path) -> None:
+    make_runs(tmp_path, ("lsq",), 1, epochs=1)
+    browser.open(write_comparison(find_runs(tmp_path), tmp_path / "one.html"))
+    assert len(browser.ask(TABLE)) == 1
+    assert browser.ask("document.getElementById('settings-box').hidden")
+    assert browser.complaints() == []
+
+
+def test_thousands_of_configurations_are_listed_a_page_at_a_time(browser: Browser, tmp_path: Path) -> None:
+    template = make_run(tmp_path / "template", epochs=2, layers=LENET, drops=())
+    entry = entry_of(read_run(template), "x", 0)
+    from runner.pages.compare import SCRIPTS, add_rows, comparison_body, costs_in_words
+    from runner.pages.figures import Sheet
+    from runner.pages.page import page, write_page
+
+    sheet = Sheet({})
+    body = comparison_body(sheet, [entry["costs"]], "many")
+    rows = [entry | {"settings": entry["settings"] | {"lr": str(index)}} for index in range(10_000)]
+    add_rows(sheet, [encoded(row, entry["settings"]) for row in rows])
+    facts = {"base": entry["settings"], "costs": costs_in_words()}
+    path = write_page(tmp_path / "many.html", page("many", body, sheet.embed(**facts), SCRIPTS))
+    assert path.stat().st_size < 10_000_000
+    browser.open(path)
+    assert len(browser.ask(TABLE)) == 100
+    assert browser.ask("document.getElementById('results-where').textContent") == "1 to 100 of 10,000"
+    browser.ask("document.querySelector('[data-page=\"results:1\"]').click()")
+    assert browser.ask("document.getElementById('results-where').textContent") == "101 to 200 of 10,000"
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
+    for words, said in (([str(tmp_path / "nowhere")], "is not there"), ([str(tmp_path), "--compare"], "no run folder"),
+                        ([str(tmp_path), "--compare", "--write"], "not allowed with"), (["--host", "0.0.0.0"], "name the one address")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            dashboard(words)

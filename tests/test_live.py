@@ -1,0 +1,261 @@
+"""Live pages: they follow what is written, keep where one looks, and answer nobody else."""
+
+import http.client
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
+from conftest import environment
+from run_samples import LENET, make_run
+
+from runner.pages.watch import Watch
+
+PATIENCE = 60.0
+
+
+class LiveServer:
+    """`python -m runner dashboard` as a process of its own, for one folder."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        command = [sys.executable, "-m", "runner", "dashboard", str(folder), "--port", "0", *words]
+        self.process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.address = self.process.stdout.readline().split()[1]
+        self.port = int(self.address.split(":")[2].split("/")[0])
+
+    def get(self, path: str, host: str = "", **headers: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection.request("GET", path, headers={"Host": host or f"127.0.0.1:{self.port}", **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    @property
+    def resident_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    @property
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A finished run, one that goes on, and a folder of rubbish."""
+    make_run(tmp_path / "runs" / "whole", epochs=5, layers=LENET, drops=())
+    growing(tmp_path / "runs" / "growing", tmp_path / "source", 4)
+    (tmp_path / "runs" / "rubbish").mkdir()
+    for name in ("metrics.csv", "summary.json", "status.json", "config.yaml"):
+        (tmp_path / "runs" / "rubbish" / name).write_bytes(b"\xff\0{")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def server(runs: Path) -> Iterator[LiveServer]:
+    instance = LiveServer(runs)
+    yield instance
+    instance.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    instance = Browser()
+    yield instance
+    instance.close()
+
+
+def growing(folder: Path, source: Path, epochs: int) -> None:
+    """A run that is known so far; `grow` writes what it does next."""
+    make_run(source, epochs=60, layers=LENET, drops=(), state="running")
+    folder.mkdir(parents=True)
+    for name in ("layers.csv", "config.yaml", "status.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    grow(folder, source, epochs)
+
+
+def grow(folder: Path, source: Path, epochs: int, tail: bytes = b"") -> None:
+    for name, lines in (
+        ("metrics.csv", epochs + 1),
+        ("timing.csv", epochs + 1),
+        ("quant.csv", epochs * len(LENET) + 1),
+    ):
+        rows = (source / name).read_bytes().splitlines(keepends=True)
+        (folder / name).write_bytes(b"".join(rows[:lines]) + tail)
+
+
+def shown(browser: Browser, url: str) -> None:
+    browser.log.clear()
+    browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+    browser.call("Page.navigate", url=url)
+    browser.wait_for(f"location.href === {json.dumps(url)} && 'ready' in (document.documentElement?.dataset ?? {{}})")
+
+
+def link_to(browser: Browser, name: str) -> str:
+    return str(browser.ask(f"JSON.parse([...Bokeh.documents[0].get_model_by_name('runs').data.run].find("
+                           f"r => JSON.parse(r).link && r.includes({json.dumps(name)}))).link"))  # fmt: skip
+
+
+POINTS = "[...[...Bokeh.documents[0].all_models].find(m => m.type === 'ColumnDataSource' && m.data.val_top1).data.val_top1].length"
+RANGE = "(({start, end}) => [start, end])([...Bokeh.documents[0].all_models].find(m => m.name === 'x' && m.type === 'Range1d'))"
+
+
+def test_a_run_is_followed_and_the_view_stays(browser: Browser, server: LiveServer, runs: Path) -> None:
+    source = runs.parent / "source"
+    watch = Watch([runs])
+    watch.refresh(PATIENCE)
+    number = next(key for key, run in watch.runs.items() if run.folder.name == "growing")
+    shown(browser, f"{server.address}run?id={number}")
+    assert browser.ask(POINTS) == 5  # four epochs, and the start
+    assert browser.ask(RANGE)[1] == pytest.approx(4 * 1.03)
+    grow(runs / "growing", source, 6, tail=b"6,12")
+    begun = time.monotonic()
+    browser.wait_for(f"{POINTS} === 7")
+    assert time.monotonic() - begun < 20, "2 s on an idle machine"
+    browser.wait_for("document.querySelector('[data-part=epochs] tbody').rows.length === 6")
+    assert browser.ask(RANGE)[1] == pytest.approx(6 * 1.03), "what is shown whole grows with the run"
+    browser.ask("document.querySelector('[data-move=closer]').click()")
+    browser.ask("document.querySelector('[data-part=epochs] details').open = true")
+    before = browser.ask(RANGE)
+    grow(runs / "growing", source, 9)
+    browser.wait_for(f"{POINTS} === 10")
+    assert browser.ask(RANGE) == before, "a part that somebody looks at stays"
+    browser.wait_for("document.querySelector('[data-part=epochs] tbody').rows.length === 9")
+    assert browser.ask("document.querySelector('[data-part=epochs] details').open")
+    assert browser.complaints() == []
+
+
+def test_the_list_of_runs_follows_too_and_names_what_is_broken(
+    browser: Browser, server: LiveServer, runs: Path
+) -> None:
+    shown(browser, server.address)
+    assert "1 folder could not be read" in browser.ask("document.getElementById('broken').textContent")
+    assert "rubbish" in browser.ask("document.getElementById('broken').textContent")
+    assert "2 runs of 3" in browser.ask("document.getElementById('count').textContent")
+    make_run(runs / "late", epochs=2, layers=LENET, drops=(), quant="xnor")
+    browser.wait_for("document.getElementById('count').textContent.includes('3 runs of 4')")
+    (runs / "late" / "config.yaml").write_bytes(b"\xff")
+    link = browser.ask("document.querySelector('#results a').href")
+    shown(browser, link)
+    assert browser.complaints() == []
+
+
+def test_nobody_else_is_answered(server: LiveServer) -> None:
+    assert server.get("/")[0] == 200
+    assert server.get("/", host="evil.example")[0] == 403
+    assert server.get("/", host=f"127.0.0.1:{server.port}.evil.example")[0] == 403
+    for path in ("/run?id=../../etc/passwd", "/run?id=..%2F..%2Fetc%2Fpasswd", "/run", "/static/../../../etc/passwd",
+                 "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/run?id=%00"):  # fmt: skip
+        status, body = server.get(path)
+        assert status in (400, 403, 404), path
+        assert "root:" not in body
+    assert server.get("/live")[0] == 403, "a session is opened by our pages only"
+    assert server.get("/live/autoload.js?bokeh-autoload-element=1")[0] == 403
+
+
+def websocket(server: LiveServer, origin: str | None, token: str) -> int:
+    """The status with which a websocket is answered: 101 is a connection."""
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+               "Sec-WebSocket-Version": "13", "Sec-WebSocket-Protocol": f"bokeh, {token}"}  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    connection.request("GET", "/live/ws", headers=headers | ({"Origin": origin} if origin else {}))
+    answer = connection.getresponse()
+    first = answer.status
+    if first != 101:
+        return first
+    connection.sock.settimeout(PATIENCE)
+    return 101 if len(connection.sock.recv(200)) > 20 else 403  # a refused session is closed before it says anything
+
+
+def test_another_site_gets_no_websocket(server: LiveServer) -> None:
+    page = server.get("/")[1]
+    token = json.loads(page.split('id="figures">')[1].split("</script>")[0])["token"]
+    here = f"http://127.0.0.1:{server.port}"
+    assert websocket(server, here, token) == 101
+    assert websocket(server, "http://evil.example", token) == 403
+    assert websocket(server, f"{here}.evil.example", token) == 403
+    body, _, signature = token.rpartition(".")
+    assert websocket(server, here, f"{body}.{signature[::-1]}") != 101
+    assert websocket(server, None, body) != 101
+
+
+def test_another_address_asks_for_the_secret(runs: Path) -> None:
+    address = "127.0.0.2"
+    server = LiveServer(runs, "--host", address)
+    try:
+        assert "?secret=" in server.address
+        secret = server.address.split("secret=")[1]
+        for query, cookie, status in (("", "", 403), ("?secret=wrong", "", 403), (f"?secret={secret}", "", 200),
+                                      ("", f"runner-secret={secret}", 200), ("", "runner-secret=x", 403)):  # fmt: skip
+            connection = http.client.HTTPConnection(address, server.port, timeout=PATIENCE)
+            connection.request("GET", f"/{query}", headers={"Cookie": cookie} if cookie else {})
+            assert connection.getresponse().status == status, (query, cookie)
+    finally:
+        server.close()
+
+
+def test_memory_and_time_stay_bounded(browser: Browser, server: LiveServer, runs: Path) -> None:
+    """Many epochs in a short time: what a day of a slow run would bring."""
+    source = runs.parent / "source"
+    shown(browser, server.address)
+    browser.wait_for("document.getElementById('count').textContent.includes('2 runs')")
+    grow(runs / "growing", source, 10)
+    time.sleep(3)
+    before, heap = server.resident_bytes, _heap(browser)
+    for epochs in [*range(11, 60), *range(11, 60)]:
+        grow(runs / "growing", source, epochs)
+        time.sleep(0.05)
+    time.sleep(3)
+    assert server.resident_bytes - before < 40_000_000
+    assert _heap(browser) - heap < 40_000_000
+    idle = server.cpu_seconds
+    time.sleep(3)
+    assert server.cpu_seconds - idle < 1.5, "who follows nothing new does next to nothing"
+
+
+def _heap(browser: Browser) -> int:
+    browser.call("HeapProfiler.collectGarbage")
+    return int(browser.call("Runtime.getHeapUsage")["usedSize"])
+
+
+def test_ten_thousand_folders_are_found_at_once_and_read_bit_by_bit(tmp_path: Path) -> None:
+    for index in range(10_000):
+        (tmp_path / f"r{index:05}").mkdir()
+        (tmp_path / f"r{index:05}" / "metrics.csv").touch()
+    watch = Watch([tmp_path])
+    watch.refresh(0.1)
+    assert len(watch.runs) == 10_000
+    read = sum(bool(run.row) for run in watch.runs.values())
+    watch.refresh(0.5)
+    assert sum(bool(run.row) for run in watch.runs.values()) > read
+
+
+def test_what_vanishes_and_what_changes(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", epochs=2, layers=LENET, drops=())
+    make_run(tmp_path / "b", epochs=2, layers=LENET, drops=())
+    watch = Watch([tmp_path])
+    watch.refresh(PATIENCE)
+    version, places = watch.version, watch.places
+    (tmp_path / "link").symlink_to("/etc")
+    for entry in (tmp_path / "a").iterdir():
+        entry.unlink()
+    (tmp_path / "a").rmdir()
+    grow(tmp_path / "b", tmp_path / "b", 1)
+    watch._next_search = 0.0
+    watch.refresh(PATIENCE)
+    assert [run.folder.name for run in watch.runs.values()] == ["b"]
+    assert watch.places > places
+    assert [place for place, _ in watch.since(version)] == [0]
