@@ -84,7 +84,7 @@ def measure(plan: Plan) -> Result:
         difference = float((packed(images[:4]) - model(images[:4])).abs().max())
         races = [_race(plain, model, packed, images[:batch], plan.turns) for batch in plan.batches]
         layers, rest = _layer_times(plain, packed, images[:1])
-        mine = footprint(f"{config.model.name}, {config.quant.name}", model, images[:1], len(content))
+        mine = footprint(f"{config.model.name}, {config.quant.name} (this one)", model, images[:1], len(content))
         memory = [mine, *(shipped(plan.config_dirs) if plan.memory else [])]
     facts = environment(torch.device("cpu")) | {"kernel": packed.kernel}
     return Result(config, races, layers, rest, difference, memory, facts)

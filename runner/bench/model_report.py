@@ -163,7 +163,7 @@ def _memory(row: "Footprint") -> dict[str, Any]:
 
 def _figures(charts: Charts, result: "Result") -> list[str]:
     longest = sorted(result.layers, key=lambda layer: -layer.packed_us)[:15]
-    bars = [Bar(f"{layer.name} ({layer.kind})", layer.packed_us) for layer in longest]
+    bars = [Bar(layer.name, layer.packed_us) for layer in longest]
     times = charts.bars("layers", "The longest operations, batch 1 (us)", bars, line_at=None)
     shrunk = [Bar(row.name, row.over_double) for row in result.memory]
     sizes = charts.bars("memory", "Weights, float64 / packed (Fig. 4 a)", shrunk, line_at=None)
