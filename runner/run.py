@@ -22,11 +22,13 @@ from runner.environment import differences, environment
 from runner.faults import BadData, ConfigError, Diverged, Fault, Preempted
 from runner.folder import RunFolder
 from runner.health import codes_of
+from runner.objective import Alphas, Objective, mix
 from runner.optim import optimizer_for
 from runner.regime import Clock, Setting, data_setting_at, setting_at
 from runner.schema import DataPhase, RunConfig
 from runner.screen import Screen
 from runner.signals import StopRequest
+from runner.teacher import teacher_of
 
 SHARE_OF_TIME = 0.02  # what saving may cost where no interval is given
 SHORTEST_PAUSE = 1.0  # seconds between two checkpoints, at least, where no interval is given
@@ -67,12 +69,14 @@ class Run:
             careful=config.dataset.cache is not None or bool(config.dataset.arguments.get("download"))
         ):
             self.data: Data = load(config.dataset, device=device)
-        built = build(
-            config,
-            in_channels=self.data.in_channels,
-            num_classes=len(self.data.classes),
-            image_size=self.data.image_size,
-        )
+        shape = {
+            "in_channels": self.data.in_channels,
+            "num_classes": len(self.data.classes),
+            "image_size": self.data.image_size,
+        }
+        teacher = teacher_of(config, **shape)
+        self.objective = Objective(config.trainer, teacher.to(device) if teacher else None)
+        built = build(config, **shape)
         self.model: nn.Module = built.model.to(device)
         self.rows: list[LayerRow] = built.rows
         self.remarks = built.remarks
@@ -137,6 +141,15 @@ class Run:
         for _ in range(left):
             images, labels = next(batches)
             yield (self.transform(images) if self.transform else images), labels
+
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch mixed as `trainer.mixup` and `trainer.cutmix` ask; otherwise as it is."""
+        trainer, p = self.config.trainer, self.progress
+        alphas: Alphas = {k: a for k, a in (("mixup", trainer.mixup), ("cutmix", trainer.cutmix)) if a is not None}
+        if not alphas:
+            return images, labels
+        draw = (self.config.seed, p.epoch, p.batch, self.world.place.rank)
+        return mix(images, labels, alphas, len(self.data.classes), draw)
 
     def first_images(self) -> Tensor:
         """The first training batch of the run, for what must be set or measured before step 0."""

@@ -120,6 +120,10 @@ class TrainerConfig(Strict):
     max_steps: PositiveInt | None
     select: Literal["val", "last"]
     label_smoothing: Fraction
+    mixup: Positive | None
+    cutmix: Positive | None
+    distill_weight: Annotated[float, Interval(ge=0, le=1)]
+    distill_temperature: Positive
     grad_clip: Positive | None
     accumulate: PositiveInt
     ema: Annotated[float, Gt(0), Lt(1)] | None
@@ -177,6 +181,7 @@ class RunConfig(Strict):
     outputs: str
     checkpoint: str | None
     pretrained: str | None
+    distill: str | None
     plugins: list[str]
     epochs: Epochs | None
     batch_size: PositiveInt | None

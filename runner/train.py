@@ -18,6 +18,7 @@ from runner.distributed import Share, World
 from runner.faults import Preempted
 from runner.health import gradient_norms
 from runner.nonfinite import Sentry
+from runner.objective import Objective, likeliest
 from runner.optim import optimizer_for
 from runner.regime import Setting
 from runner.rows import Result, write_epoch
@@ -52,6 +53,7 @@ def train_epoch(run: Run) -> None:
         drive_(run.model, setting)
         run.penalty.weight = setting.get("regularizer", run.penalty.weight)
         sentry.remember()
+        images, labels = run.mixed(images, labels)
         loss, right = gradients_of(run, run.optimizer, images, labels, share)
         loss, right = run.world.over_batch(loss, right, len(labels), share)
         if sentry.passes(loss):
@@ -82,6 +84,8 @@ class Trainee(Protocol):
     @property
     def forward(self) -> Callable[[Tensor], Tensor]: ...
     @property
+    def objective(self) -> Objective: ...
+    @property
     def penalty(self) -> Penalty: ...
     @property
     def scaler(self) -> torch.amp.GradScaler: ...
@@ -108,11 +112,11 @@ def gradients_of(
         seen += len(y)
         with nullcontext() if seen == len(labels) else share.hold():
             logits = run.forward(x)
-            part = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing) + run.penalty.value()
+            part = run.objective(x, logits, y) + run.penalty.value()
             part = part * (len(y) / len(labels))
             scaler.scale(part * share.weight).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
-        right += (logits.detach().argmax(1) == y).sum()
+        right += (logits.detach().argmax(1) == likeliest(y)).sum()
     return loss, right
 
 

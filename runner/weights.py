@@ -22,6 +22,7 @@ ANYWHERE = {
     "outputs": "outputs",
     "checkpoint": None,
     "pretrained": None,
+    "distill": None,
 }  # where a run lay says nothing about its weights
 
 

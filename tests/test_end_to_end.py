@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 METRICS = (
@@ -97,6 +98,30 @@ def test_float_weights_start_a_binary_network(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tensors loaded by name" in done.stdout
     assert "kept as initialised: conv2.norm.bias" in done.stdout
+
+
+def test_a_binary_network_learns_from_a_float_teacher(tmp_path: Path) -> None:
+    trial = ["dataset.limit=64", "epochs=1", "name=x"]
+    assert runner("quant=none", *trial, folder=tmp_path / "float").returncode == 0
+    teacher = only_run(tmp_path / "float")
+    for folder, words in {"alone": [], "taught": [f"distill={teacher}"], "mixed": ["trainer.mixup=0.5"]}.items():
+        done = runner(*words, *trial, folder=tmp_path / folder)
+        assert done.returncode == 0, done.stderr
+    losses = {
+        name: pd.read_csv(only_run(tmp_path / name) / "metrics.csv").train_loss[0]
+        for name in ("alone", "taught", "mixed")
+    }
+    assert len(set(losses.values())) == 3
+    missing = runner(f"distill={tmp_path}/nothing", *trial, folder=tmp_path / "none")
+    assert missing.returncode == 66
+    assert "nothing: no such file" in missing.stderr
+
+
+def test_a_teacher_must_say_what_network_it_is(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(2, 2)}, tmp_path / "bare.pt")
+    done = runner(f"distill={tmp_path}/bare.pt", "dataset.limit=64", "epochs=1", folder=tmp_path)
+    assert done.returncode == 65
+    assert "give a run folder" in done.stderr
 
 
 def test_a_deep_network_takes_two_steps_of_cifar(tmp_path: Path) -> None:

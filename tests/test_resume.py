@@ -37,6 +37,7 @@ WARMUP = "lr: {schedule: warmup, from: 0, to: 0.001}"
 WITHIN = f"regime.phases=[{{step: 0, optimizer: RMSprop, {WARMUP}}}, {{step: 7, optimizer: AdamW}}]"
 CASES = {
     "optimizer and average": ["quant=xnor", SWITCH, "trainer.ema=0.9", "dataset.augment.cutout=6"],
+    "mixed images": ["quant=xnor", "trainer.mixup=0.4", "trainer.cutmix=1.0", "trainer.accumulate=2"],
     "dropout and step sizes": [*TINY, "quant=lsq", WITHIN, "trainer.accumulate=2", "trainer.label_smoothing=0.1"],
     "stochastic rounding": [*TINY, "quant=8bit-rangebn", "classifier=fixed", "trainer.grad_clip=1", "seed=3"],
 }

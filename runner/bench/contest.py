@@ -22,6 +22,7 @@ from runner.build import asking, build, phases_of, regularizer_of, watch
 from runner.data import Data, load
 from runner.environment import environment, pick_device, prepare
 from runner.faults import ConfigError, Fault
+from runner.objective import Objective
 from runner.optim import optimizer_for
 from runner.regime import Clock, data_setting_at, setting_at
 from runner.schema import RunConfig
@@ -126,6 +127,7 @@ class Step:
     labels: Tensor
     ema: AveragedModel | None = None
     forward: Callable[[Tensor], Tensor] = field(init=False)
+    objective: Objective = field(init=False)
     penalty: Penalty = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -134,6 +136,7 @@ class Step:
         trainer = self.config.trainer
         self.forward = accelerate(self.model, trainer, self.device)
         asking("quant", calibrate_, self.model.train(), self.images)
+        self.objective = Objective(trainer)
         self.penalty = watch(regularizer_of(self.config), self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=trainer.amp == "fp16")
         phases, _ = phases_of(self.config, self.model)
