@@ -18,11 +18,10 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quant.base import QuantizedLayer, Quantizer, register
 from quant.codecs import PowerOfTwo, Uniform
-from quant.frugal import Window, batch_norm, max_pool2d, relu
+from quant.frugal import MaskedReLU, Window, batch_norm, max_pool2d
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 
 # Without gradients every layer computes what the float layer computes: evaluation stores nothing and draws no random numbers.
@@ -44,13 +43,6 @@ class CodedConv2d(_Coded, Conv2d):
 
 class CodedLinear(_Coded, Linear):
     """A linear layer that remembers its input in k bits."""
-
-
-class MaskedReLU(QuantizedLayer, nn.ReLU):
-    """ReLU that remembers a bit a value. Never in place: its input is nobody's to keep, so nothing is gained by it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return relu(x) if torch.is_grad_enabled() else F.relu(x)
 
 
 class PlacedMaxPool2d(QuantizedLayer, nn.MaxPool2d):

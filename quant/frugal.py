@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from quant import fused
+from quant.base import QuantizedLayer
 from quant.codecs import Codes, Layout
 from quant.pack import WIDTHS, pack, pack_bits, unpack, unpack_bits
 
@@ -55,6 +56,13 @@ def relu(x: Tensor) -> Tensor:
     """
     y: Tensor = _MaskedReLU.apply(x)
     return y
+
+
+class MaskedReLU(QuantizedLayer, nn.ReLU):
+    """ReLU that remembers a bit a value. Never in place: its input is nobody's to keep, so nothing is gained by it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(x) if torch.is_grad_enabled() else F.relu(x)
 
 
 @dataclass(frozen=True)

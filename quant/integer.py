@@ -36,12 +36,12 @@ def conv2d(codes: Tensor, zero: int, weight: Tensor, scale: Tensor, shape: Conv,
 
 def _conv2d(codes: Tensor, zero: int, weight: Tensor, scale: Tensor, shape: Conv) -> Tensor:
     stride, padding, dilation = list(shape.stride), list(shape.padding), list(shape.dilation)
-    scales = scale.reshape(1).expand(len(weight)).contiguous()
+    scales = scale.reshape(1)
     library = torch.ops.onednn
     packed = library.qconv_prepack(
         weight, scales, 1.0, zero, stride, padding, dilation, shape.groups, list(codes.shape)
     )
-    no_zero = torch.zeros(len(weight), dtype=torch.int64)
+    no_zero = torch.zeros(1, dtype=torch.int64)
     y: Tensor = library.qconv_pointwise(
         codes, 1.0, zero, packed, scales, no_zero, None, stride, padding, dilation, shape.groups,
         1.0, 0, torch.float32, "none", [], "",

@@ -17,6 +17,7 @@ from quant import integer, lsq_product, matmul
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.learned_step import GradScale, Init, Param, Range, Ste, StepCodes, StepQuantizer, StepSettings
+from quant.recomputed_norm import RecomputedBatchNorm2d
 
 WeightRange = Literal["full", "symmetric"]
 Granularity = Literal["tensor", "channel"]
@@ -186,7 +187,8 @@ class Lsq(Quantizer):
     step_constant: Annotated[float, Gt(0)] = 1.0
     step_param: Param | None = None
     kernel: Literal["auto", "float"] = "auto"
-    handles = (nn.Conv2d, nn.Linear, *ACTIVATIONS)
+    norm_input: Literal["recomputed", "kept"] = "recomputed"
+    handles = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, *ACTIVATIONS)
 
     def __post_init__(self) -> None:
         for key, bits in (("weight_bits", self.weight_bits), ("act_bits", self.act_bits)):
@@ -231,4 +233,6 @@ class Lsq(Quantizer):
     def layer(self, module: nn.Module) -> nn.Module | None:
         if isinstance(module, ACTIVATIONS):
             return LsqActivation(module, self) if self.switches.placement == "post_act" else None
+        if isinstance(module, nn.BatchNorm2d):
+            return RecomputedBatchNorm2d(module) if self.norm_input == "recomputed" else None
         return rewrite(module, self, LsqConv2d, LsqLinear)

@@ -8,6 +8,7 @@ Kept for backward: x, which the ReLU in front of it keeps anyway, and its codes,
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +49,12 @@ def conv2d(
     of_x: Learned, of_w: Learned, shape: Conv, kernel: str = "auto",
 ) -> Tensor:  # fmt: skip
     """x (B, C, H, W), w (O, C/groups, h, w), a step for each -> (B, O, H', W'), in the memory format of x."""
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        x = x.contiguous()
-    y: Tensor = _Product.apply(x, step_x, w.contiguous(), step_w, bias, of_x, of_w, shape, kernel)
+    y: Tensor = _Product.apply(_dense(x), step_x, _dense(w), step_w, bias, of_x, of_w, shape, kernel)
     return y
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 class _Product(torch.autograd.Function):
@@ -64,32 +67,57 @@ class _Product(torch.autograd.Function):
 
         code_x, bad_x = elementwise.encode(x, step_x, of_x.low, of_x.high)
         code_w, bad_w = elementwise.encode(w, step_w, of_w.low, of_w.high)
-        signed_w = code_w.view(torch.int8).add_(of_w.low.to(torch.int8))
-        y = integer.conv2d(code_x, -int(of_x.low), signed_w, step_x * step_w + (bad_x + bad_w), shape, kernel)
         ctx.layout, ctx.width = Layout.of(x), next(width for width in WIDTHS if width >= of_x.bits)
         kept = pack(ctx.layout.flat(code_x), ctx.width) if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x, step_x, w, step_w, kept)
-        ctx.of, ctx.shape = (of_x, of_w), shape
-        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+        ctx.of, ctx.shape, ctx.kernel = (of_x, of_w), shape, kernel
+        ctx.again = partial(_again, ctx, bias) if kept is not None else None
+        return _product(ctx, code_x, code_w, step_x * step_w + (bad_x + bad_w), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         from quant.kernels import elementwise
 
-        x, step_x, w, step_w, kept = ctx.saved_tensors
+        x, step_x, w, step_w, _ = ctx.saved_tensors
         (of_x, of_w), need = ctx.of, ctx.needs_input_grad
-        x_q = g.new_empty(()).expand(x.shape)
-        if kept is not None:
-            code_x = ctx.layout.restore(unpack(kept, ctx.width, (ctx.layout.count,)))
-            x_q = elementwise.decode(code_x, -of_x.low, step_x)
-        w_q = elementwise.decode(elementwise.encode(w, step_w, of_w.low, of_w.high)[0], -of_w.low, step_w)
+        code_x, code_w = _codes(ctx)
+        x_q = g.new_empty(()).expand(x.shape) if code_x is None else elementwise.decode(code_x, -of_x.low, step_x)
+        w_q = elementwise.decode(code_w, -of_w.low, step_w)
+        ctx.codes = code_x = None
         dx, dw = ctx.shape.backward(g, x_q, w_q, need[0] or need[1], need[2] or need[3])
-        del x_q  # before others take memory
+        del x_q, code_x  # before others take memory
         dx, dstep_x = _gradients(x, dx, step_x, of_x)
         dw, dstep_w = _gradients(w, dw, step_w, of_w)
         db = bias_gradient(g, ctx.shape) if need[4] else None
         return dx, dstep_x, dw, dstep_w, db, None, None, None, None
+
+
+def _product(ctx: Any, code_x: Tensor, code_w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    of_x, of_w = ctx.of
+    signed = code_w + of_w.low.to(torch.int8)  # bytes wrap round: 255 is -1
+    y = integer.conv2d(code_x, -int(of_x.low), signed.view(torch.int8), scale, ctx.shape, ctx.kernel)
+    return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+
+def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
+    """Those of x and w, from what is kept; or from `again`, which had to make them a moment ago."""
+    from quant.kernels import elementwise
+
+    if getattr(ctx, "codes", None) is not None:
+        found: tuple[Tensor | None, Tensor] = ctx.codes
+        return found
+    _, _, w, step_w, kept = ctx.saved_tensors
+    code_x = None if kept is None else ctx.layout.restore(unpack(kept, ctx.width, (ctx.layout.count,)))
+    return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
+
+
+def _again(ctx: Any, bias: Tensor | None) -> Tensor:
+    """The result of forward, from what is kept for backward: the same to the last bit."""
+    _, step_x, _, step_w, _ = ctx.saved_tensors
+    ctx.codes = code_x, code_w = _codes(ctx)
+    assert code_x is not None
+    return _product(ctx, code_x, code_w, step_x * step_w, bias)
 
 
 def _gradients(v: Tensor, g: Tensor | None, step: Tensor, of: Learned) -> tuple[Tensor | None, Tensor | None]:

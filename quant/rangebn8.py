@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor, nn
 
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
+from quant.frugal import MaskedReLU
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.matmul import GradientMap
 from quant.range_bn import RangeBatchNorm1d, RangeBatchNorm2d
@@ -94,7 +95,7 @@ class EightBit(Quantizer):
     True
     """
 
-    handles = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+    handles = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU)
 
     weight_bits: Annotated[int, Interval(ge=2, le=16)] = 8
     act_bits: Annotated[int, Interval(ge=2, le=16)] = 8
@@ -110,6 +111,8 @@ class EightBit(Quantizer):
     quantize_bn: bool = True
 
     def layer(self, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, nn.ReLU):
+            return MaskedReLU()  # the layer behind it keeps codes, so that nobody needs its float output
         if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             return rewrite(module, self, EightBitConv2d, EightBitLinear)
         if not self.range_bn:
