@@ -53,8 +53,8 @@ class PackedModel:
     def __init__(self, graph: Graph, *, packed: bool = True) -> None:
         self.graph = graph
         self.preprocessing, self.classes, self.about = graph.preprocessing, graph.classes, graph.about
-        binary = any(node.op.startswith("sign_") for node in graph.nodes)
-        self.why_float = "as asked for" if not packed else kernels.why_not() if binary else "no binary layers"
+        self.binary = any(node.op.startswith("sign_") for node in graph.nodes)
+        self.why_float = "as asked for" if not packed else kernels.why_not() if self.binary else "no binary layers"
         self.kernel: str = "float" if self.why_float else kernels.available()
         _try_shapes(graph)
         self.ops: Sequence[Op] = _ops(graph, packed=self.why_float is None)

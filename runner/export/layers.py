@@ -13,15 +13,17 @@ from torch.nn import functional as F
 
 from models.resnet_blocks import PadShortcut
 from quant import matmul
-from quant.actgrad import CodedBatchNorm, CodedConv2d, CodedLinear, MaskedReLU, PlacedMaxPool2d
+from quant.actgrad import CodedBatchNorm, CodedConv2d, CodedLinear, PlacedMaxPool2d
 from quant.classifier import FixedConv2d, FixedLinear
 from quant.dorefa import DorefaConv2d, DorefaLinear
+from quant.frugal import MaskedReLU
 from quant.functional import filter_mean
 from quant.inference.graph import coded
 from quant.learned_step import StepQuantizer
 from quant.lsq import LsqActivation, LsqConv2d, LsqLinear
 from quant.range_bn import RangeBatchNorm1d, RangeBatchNorm2d
 from quant.rangebn8 import EightBitConv2d, EightBitLinear
+from quant.recomputed_norm import RecomputedBatchNorm2d
 from quant.ternary import TernaryConv2d, TernaryLinear, ternary_codes
 from quant.uniform import RunningRange, encode, fake_quantize, grid, row_limits, span
 from quant.xnor import BinaryConv2d, BinaryLinear
@@ -287,7 +289,7 @@ def _ternary(emit: Emit, layer: TernaryConv2d | TernaryLinear, x: int) -> int:
 
 LAYERS: dict[type[nn.Module], Callable[[Emit, Any, int], int]] = {
     **dict.fromkeys((nn.Conv2d, nn.Linear, CodedConv2d, CodedLinear), _float_product),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, CodedBatchNorm), _batch_norm),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, CodedBatchNorm, RecomputedBatchNorm2d), _batch_norm),
     **dict.fromkeys((nn.ReLU, MaskedReLU), _simple("relu")),
     **dict.fromkeys((nn.ReLU6, nn.Hardtanh), _clamp),
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), lambda emit, layer, x: x),
