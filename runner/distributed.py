@@ -91,7 +91,10 @@ class World:
         # Without find_unused_parameters the buckets are laid out anew after the first step of a process: with three or more
         # ranks a resumed run would then sum in another order than one that was never stopped.
         self.model = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
         )
         return self.model
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from quant.recomputed_norm import RecomputedBatchNorm2d
@@ -26,36 +27,40 @@ def summed(*values: Tensor) -> list[Tensor]:
 
 
 class Normalise(torch.autograd.Function):
-    r"""y = (x - m) r, m and 1/r^2 - eps the mean and variance over batch, height and width of all ranks (biased).
+    r"""y = (x - m) r w + b, m and 1/r^2 - eps the mean and variance over batch, height and width of all ranks (biased).
 
-    dL/dx = r (g - mean(g) - y mean(g y)), the means over all ranks: arXiv:1502.03167, section 3, in two sums.
-    x is (N, C, …); returns y, and m and the variance of shape (C,), without a gradient.
+    dL/dx = r w (g - mean(g) - x' mean(g x')), x' = (x - m) r, the means over all ranks (arXiv:1502.03167, section 3). What
+    torch's own kernels give of one rank, its moments and its two sums, is summed over the ranks; every other pass is torch's.
+    x is (N, C, …); returns y, and m, the variance and the number of values of a channel, which have no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        others = [axis for axis in range(x.dim()) if axis != 1]
-        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-        here = x.new_tensor([x.numel() / x.shape[1]])
-        total, count = summed(x.sum(others), here)
-        mean = total / count
-        centred = x - mean.reshape(shape)
-        (squares,) = summed(centred.square().sum(others))
-        variance = squares / count
-        r = (variance + eps).rsqrt()
-        y = centred.mul_(r.reshape(shape))
-        ctx.save_for_backward(y, r, count)
-        ctx.others, ctx.shape = others, shape
-        ctx.mark_non_differentiable(mean, variance, count)
-        return y, mean, variance, count
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        count = x.new_tensor([x.numel() / x.shape[1]])
+        _, own_mean, own_r = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        total, whole = summed(own_mean * count, count)
+        mean = total / whole
+        (squares,) = summed((own_r.pow(-2) - eps + (own_mean - mean).square()) * count)
+        variance = (squares / whole).clamp_(min=0)
+        ctx.save_for_backward(x, weight, mean, variance, whole)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, whole)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, whole
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        y, r, count = ctx.saved_tensors
-        plain, along = summed(g.sum(ctx.others), (g * y).sum(ctx.others))
-        dx = g - (plain / count).reshape(ctx.shape) - y * (along / count).reshape(ctx.shape)
-        return dx.mul_(r.reshape(ctx.shape)), None
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance, whole = ctx.saved_tensors
+        backward = torch.ops.aten.native_batch_norm_backward  # as in evaluation: mean and variance held fixed
+        dx, along, plain = backward(
+            g.contiguous(), x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        all_along, all_plain = summed(along, plain)
+        r = (variance + ctx.eps).rsqrt()
+        by_x = -r.square() * weight * all_along / whole
+        constant = -r * weight * all_plain / whole - by_x * mean
+        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        return dx.addcmul_(x, by_x.reshape(shape)).add_(constant.reshape(shape)), along, plain, None
 
 
 class SyncedBatchNorm(_BatchNorm):
@@ -67,12 +72,11 @@ class SyncedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(input)
-        y, mean, variance, count = Normalise.apply(input, self.eps)
+        features = input.new_ones(self.num_features)
+        weight, bias = (self.weight, self.bias) if self.affine else (features, torch.zeros_like(features))
+        y, mean, variance, count = Normalise.apply(input, weight, bias, self.eps)
         self._remember(mean, variance * (count / (count - 1)))
-        if not self.affine:
-            return y  # type: ignore[no-any-return]
-        shape = [-1 if axis == 1 else 1 for axis in range(input.dim())]
-        return y * self.weight.reshape(shape) + self.bias.reshape(shape)  # type: ignore[no-any-return]
+        return y  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
