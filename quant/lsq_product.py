@@ -79,12 +79,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         from quant.kernels import elementwise
 
-        x, step_x, w, step_w, _ = ctx.saved_tensors
+        x, step_x, w, step_w, _ = _saved(ctx)
         (of_x, of_w), need = ctx.of, ctx.needs_input_grad
         code_x, code_w = _codes(ctx)
         x_q = g.new_empty(()).expand(x.shape) if code_x is None else elementwise.decode(code_x, -of_x.low, step_x)
         w_q = elementwise.decode(code_w, -of_w.low, step_w)
-        ctx.codes = code_x = None
+        ctx.codes = ctx.unpacked = code_x = None
         dx, dw = ctx.shape.backward(g, x_q, w_q, need[0] or need[1], need[2] or need[3])
         del x_q, code_x  # before others take memory
         dx, dstep_x = _gradients(x, dx, step_x, of_x)
@@ -100,6 +100,14 @@ def _product(ctx: Any, code_x: Tensor, code_w: Tensor, scale: Tensor, bias: Tens
     return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
 
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What forward saved. Asked for once, though used twice: what a checkpoint computes again can be had only once."""
+    if getattr(ctx, "unpacked", None) is None:
+        ctx.unpacked = ctx.saved_tensors
+    found: tuple[Any, ...] = ctx.unpacked
+    return found
+
+
 def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     """Those of x and w, from what is kept; or from `again`, which had to make them a moment ago."""
     from quant.kernels import elementwise
@@ -107,14 +115,14 @@ def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     if getattr(ctx, "codes", None) is not None:
         found: tuple[Tensor | None, Tensor] = ctx.codes
         return found
-    _, _, w, step_w, kept = ctx.saved_tensors
+    _, _, w, step_w, kept = _saved(ctx)
     code_x = None if kept is None else ctx.layout.restore(unpack(kept, ctx.width, (ctx.layout.count,)))
     return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
 
 
 def _again(ctx: Any, bias: Tensor | None) -> Tensor:
     """The result of forward, from what is kept for backward: the same to the last bit."""
-    _, step_x, _, step_w, _ = ctx.saved_tensors
+    _, step_x, _, step_w, _ = _saved(ctx)
     ctx.codes = code_x, code_w = _codes(ctx)
     assert code_x is not None
     return _product(ctx, code_x, code_w, step_x * step_w, bias)

@@ -52,6 +52,8 @@ class Conv:
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
+    bf16: bool = False
+    """Whether the gradients' products may be computed in bfloat16: `quant.sign_gradients`."""
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Self:
@@ -75,6 +77,8 @@ class Conv:
 @dataclass(frozen=True)
 class Linear:
     """The geometry of a linear layer: none."""
+
+    bf16: bool = False
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, w, bias)

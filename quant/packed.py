@@ -7,6 +7,7 @@ To the last bit what `ste_sign`, `scaled_sign` and a float product give one afte
 value of x, and W as it is, which is a parameter. No float copy of x or of alpha sign(W) outlives the pass that needs it.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from quant import kernels, matmul
 from quant.functional import Ste, WeightGradient, filter_mean, scaled_sign_gradient, sign
-
-Shape = matmul.Conv | matmul.Linear
+from quant.sign_gradients import Shape, gradients, obstacle_of_geometry
 
 
 def obstacle_of_layer(shape: Shape, ste: Ste) -> str | None:
@@ -27,11 +27,7 @@ def obstacle_of_layer(shape: Shape, ste: Ste) -> str | None:
     """
     if ste != "clip":
         return f"ste {ste}"
-    if isinstance(shape, matmul.Conv) and shape.groups != 1:
-        return f"groups {shape.groups}"
-    if isinstance(shape, matmul.Conv) and set(shape.dilation) != {1}:
-        return f"dilation {' x '.join(map(str, shape.dilation))}"
-    return kernels.why_not()
+    return obstacle_of_geometry(shape) or kernels.why_not()
 
 
 def obstacle_of_input(x: Tensor, w: Tensor, bias: Tensor | None) -> str | None:
@@ -61,30 +57,6 @@ def _obstacle_of_format(x: Tensor, w: Tensor) -> str | None:
     return None
 
 
-def obstacle_of_lookup(g: Tensor, shape: Shape) -> str | None:
-    """Why the gradients of a product of signs need floats multiplied; None if they can be looked up (`kernels.lookup`).
-
-    It depends on nothing but the output's gradient: whatever computed the product forward, its gradients are the same.
-    """
-    if not isinstance(shape, matmul.Conv):
-        return "a linear layer"
-    if torch.compiler.is_compiling() or type(g) is not Tensor:
-        return "a graph is being traced"
-    if g.dtype != torch.float32 or g.device.type != "cpu" or g.dim() != 4 or g.numel() == 0:
-        return f"a gradient of {g.dtype} on {g.device.type}, shape {tuple(g.shape)}"
-    return obstacle_of_layer(shape, "clip") or kernels.why_no_lookup()
-
-
-def looked_up(
-    g: Tensor, signs: Tensor | None, w: Tensor, alpha: Tensor, shape: matmul.Conv, size: torch.Size, need_x: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dw~ of conv2d(sign(x), alpha sign(w)), x of shape `size` with packed `signs` (None: no dw~ is wanted)."""
-    stride, padding = _pair(shape.stride), _pair(shape.padding)
-    dx = kernels.input_gradient(g, w, alpha, size, stride, padding) if need_x else None
-    dw = None if signs is None else kernels.weight_gradient(g, signs, size, _pair(w.shape[2:]), stride, padding)
-    return dx, dw
-
-
 def product_of_signs(x: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, form: WeightGradient) -> Tensor:
     """x (B, C, H, W) and w (O, C, h, w) -> (B, O, H', W'); or x (..., C) and w (O, C) -> (..., O). Clipped identity as `ste`.
 
@@ -97,6 +69,23 @@ def product_of_signs(x: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, fo
     """
     y: Tensor = _ProductOfSigns.apply(x, w, bias, shape, form)
     return y
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """sign(x) as the forward pass has packed it."""
+
+    packed: Tensor
+    size: torch.Size
+    shape: Shape
+
+    def bits(self) -> Tensor:
+        return self.packed
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        rows = (1, self.size[-1], 1, self.size[:-1].numel())
+        images = tuple(self.size) if isinstance(self.shape, matmul.Conv) else rows
+        return _from_image(kernels.unpack_signs(self.packed, images, dtype), self.size, self.shape)
 
 
 class _ProductOfSigns(torch.autograd.Function):
@@ -122,20 +111,12 @@ class _ProductOfSigns(torch.autograd.Function):
         w, alpha, signs, inside = ctx.saved_tensors
         shape, size = ctx.shape, ctx.size
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        s = sign(w)
-        if obstacle_of_lookup(g, shape) is None:
-            dx, dw = looked_up(g, signs, w, alpha, shape, size, need_x)
-        else:
-            x = g.new_empty(()).expand(size)
-            if need_w:
-                images = size if isinstance(shape, matmul.Conv) else (1, size[-1], 1, size[:-1].numel())
-                x = _from_image(kernels.unpack_signs(signs, images), size, shape)
-            dx, dw = shape.backward(g, x, s * alpha, need_x, need_w)
-            del x  # before others take memory
+        bits = _Bits(signs, size, shape) if need_w else None
+        dx, dw = gradients(g, w, alpha, bits, size, shape, need_x)
         if dx is not None:
             dx = _from_image(kernels.masked(_as_image(dx, shape), inside), size, shape)
         if dw is not None:
-            dw = scaled_sign_gradient(w, s, alpha, dw, ctx.form)
+            dw = scaled_sign_gradient(w, sign(w), alpha, dw, ctx.form)
         db = matmul.bias_gradient(g, shape) if need_b else None
         return dx, dw, db, None, None
 

@@ -9,7 +9,7 @@ any network can be rewritten. The gradients are in `quant.functional`: `scaled_s
 quant/README.md derives them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from quant import kernels, matmul, packed
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.functional import SignBits, scaled_sign, sign, ste_sign
 from quant.layers import Conv2d, Linear, Matrix, rewrite
+from quant.sign_gradients import gradients
 
 BATCH_NORM_EPS = 1e-4  # of both public implementations
 SCHEDULED_STE = ("ede", "reste")
@@ -40,10 +41,7 @@ class SignConv(matmul.Conv):
     def backward(
         self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        if packed.obstacle_of_lookup(g, self) is not None:
-            return super().backward(g, x, w, need_x, need_w)
-        signs = kernels.pack_activations(x) if need_w else None
-        return packed.looked_up(g, signs, w, _alpha(w), self, x.shape, need_x)
+        return gradients(g, w, _alpha(w), _Floats(x) if need_w else None, x.shape, matmul.Conv(**vars(self)), need_x)
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,24 @@ class SignLinear(matmul.Linear):
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         return _scaled(super().forward(x, sign(w), None), w, bias, (-1,))
+
+    def backward(
+        self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return gradients(g, w, _alpha(w), _Floats(x) if need_w else None, x.shape, matmul.Linear(**vars(self)), need_x)
+
+
+@dataclass(frozen=True)
+class _Floats:
+    """Signs that are floats."""
+
+    x: Tensor
+
+    def bits(self) -> Tensor:
+        return kernels.pack_activations(self.x)
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        return self.x.to(dtype)
 
 
 def _scaled(sums: Tensor, w: Tensor, bias: Tensor | None, channel: tuple[int, ...]) -> Tensor:
@@ -111,6 +127,12 @@ class _Binary(QuantizedLayer, Matrix):
             self.remark = (
                 "packed bits (float32 on a CPU)" if self.obstacle is None else f"float kernel: {self.obstacle}"
             )
+
+    def backward_in_bf16_(self) -> bool:
+        """Products of two signs lose nothing: only the gradient that they are multiplied by is rounded."""
+        if self.settings.binary_activations:
+            self.geometry = replace(self.geometry, bf16=True)
+        return self.settings.binary_activations
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.settings.binary_activations:

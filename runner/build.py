@@ -13,9 +13,10 @@ from torch import nn
 from models.base import build as build_float_model
 from quant.base import find
 from quant.classifier import find as find_classifier
+from quant.recompute import recompute_
 from quant.regularizer import Penalty, Regularizer
 from quant.regularizer import find as find_regularizer
-from quant.surgery import LayerRow, Rule, quantize_
+from quant.surgery import LayerRow, Rule, quantize_, quantized_layers
 from runner.config import with_batch_size, with_peak
 from runner.faults import BadData, ConfigError, Fault, refuse
 from runner.relations import data_phase_faults, phase_faults
@@ -45,7 +46,7 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
     weights = read_weights(Path(config.pretrained)) if config.pretrained else None
     loaded = load_matching(model, weights.tensors) if weights else set()
     rows = asking("quant", quantize_, model, quantizer_of(config.quant), rules_of(config.quant))
-    remarks: list[str] = []
+    remarks = _trained_otherwise_(model, config)
     if weights:
         loaded |= load_matching(model, weights.tensors)
         if not loaded:
@@ -54,6 +55,22 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
         unused = sorted(weights.tensors.keys() - loaded)
         remarks += Match(loaded, sorted(model.state_dict().keys() - loaded), unused).lines()
     return Built(model, rows, remarks)
+
+
+def _trained_otherwise_(model: nn.Module, config: RunConfig) -> list[str]:
+    """Set what `trainer.backward` and `trainer.recompute` ask for; what is to be said about it."""
+    remarks, trainer = [], config.trainer
+    if trainer.backward == "bf16":
+        layers = quantized_layers(model)
+        done = [name for name, layer in layers.items() if layer.backward_in_bf16_()]
+        if not done:
+            why = f"{config.quant.name} has no layer whose operands bfloat16 holds exactly; accepted: exact"
+            raise ConfigError([Fault("trainer.backward", why)])
+        remarks.append(f"gradients rounded to bfloat16 in front of {len(done)} of {len(layers)} quantized layers")
+    if trainer.recompute != "none":
+        parts = asking("trainer", recompute_, model, trainer.recompute)
+        remarks.append(f"computed again in backward: {', '.join(parts)}")
+    return remarks
 
 
 def quantizer_of(config: QuantConfig) -> Any:

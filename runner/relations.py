@@ -30,6 +30,20 @@ def relation_faults(parts: Mapping[str, Any], quantizers: Mapping[str, Component
     if "trainer" in parts and parts["trainer"].amp == "fp16" and parts["trainer"].device == "cpu":
         yield Fault("trainer.amp", "fp16 needs a GPU; the CPU accepts none, bf16")
 
+    yield from _recompute_faults(parts)
+
+
+def _recompute_faults(parts: Mapping[str, Any]) -> Iterable[Fault]:
+    """What cannot be computed twice."""
+    if "trainer" not in parts or parts["trainer"].recompute == "none":
+        return
+    if parts["trainer"].compile:
+        yield Fault(
+            "trainer.recompute", "is not for compiled models, which choose what to keep themselves; accepted: none"
+        )
+    if "regularizer" in parts and parts["regularizer"].name != "none":
+        yield Fault("trainer.recompute", "would count a regularizer's terms twice; accepted with regularizer: none")
+
 
 def phase_faults(section: str, phases: Sequence[Phase]) -> Iterable[Fault]:
     """What is wrong with the phases of a regime."""

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant import kernels, packed
+from quant import kernels
 from quant.functional import sign
 from quant.matmul import Conv, Linear
+from quant.sign_gradients import obstacle_of_lookup
 
 pytestmark = pytest.mark.skipif(kernels.why_no_lookup() is not None, reason=str(kernels.why_no_lookup()))
 
@@ -100,9 +101,9 @@ def test_threads_change_no_bit() -> None:
     ],
 )
 def test_what_cannot_be_looked_up_is_said(g: Tensor, shape: Any, reason: str) -> None:
-    assert reason in str(packed.obstacle_of_lookup(g, shape))
+    assert reason in str(obstacle_of_lookup(g, shape))
 
 
 def test_other_processors_multiply_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANT_KERNELS_PATH", "portable")
-    assert packed.obstacle_of_lookup(torch.ones(2, 4, 3, 3), Conv()) == "lookup products need AVX-512"
+    assert obstacle_of_lookup(torch.ones(2, 4, 3, 3), Conv()) == "lookup products need AVX-512"
