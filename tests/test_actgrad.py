@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant.actgrad import ActGrad, CodedConv2d, PlacedMaxPool2d
+from quant.base import find
 from quant.codecs import PowerOfTwo, Uniform
 from quant.frugal import Window, max_pool2d, relu
-from quant.surgery import quantize_
+from quant.saved import saved_bytes_per_sample
+from quant.surgery import Rule, quantize_
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "weight_gradient_from_quantized_activations.npz")
 SCHEMES = [(s, b, r) for s, b, r in product(("uniform", "power_of_two"), (1, 2, 4, 8), ("nearest", "stochastic"))
@@ -448,3 +450,22 @@ def test_the_yaml_has_every_field_with_its_default() -> None:
     assert keys.pop("name") == "actgrad"
     assert keys.pop("rules") == []
     assert keys == {field.name: field.default for field in dataclasses.fields(ActGrad)}
+
+
+def test_under_another_quantizer_relus_and_pools_are_the_exact_ones_and_keep_less() -> None:
+    """`quantize_` with ActGrad after XNOR: binary layers are left alone, outputs and gradients are the same bits."""
+    torch.manual_seed(0)
+    make = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten()]
+    alone = nn.Sequential(*make, nn.Linear(32 * 5 * 5, 10))
+    quantize_(alone, find("xnor")(), [Rule(match=["first", "last"], keep=True)])
+    both = copy.deepcopy(alone)
+    rows = quantize_(both, ActGrad(), [Rule(match=["Conv2d", "Linear"], keep=True)])
+    assert type(both[3]) is type(alone[3])
+    assert {row.becomes for row in rows} == {"kept", "MaskedReLU", "PlacedMaxPool2d"}
+    x, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    for model in (alone, both):
+        F.cross_entropy(model(x), labels).backward()
+    for mine, other in zip(both.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)  # type: ignore[arg-type]
+    less, more = (saved_bytes_per_sample(model, x, labels) for model in (both, alone))
+    assert less < 0.7 * more
