@@ -338,8 +338,10 @@ IMAGES, LABELS = torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed
 
 def test_placement_decides_who_quantizes() -> None:
     inside, behind = net(), net(preset="plain", act_bits=3)
-    assert [type(m) for m in inside[:5]] == [LsqConv2d, nn.BatchNorm2d, nn.ReLU, LsqConv2d, nn.ReLU]
-    assert [type(m) for m in behind[:5]] == [LsqConv2d, nn.BatchNorm2d, LsqActivation, LsqConv2d, LsqActivation]
+    expected = [LsqConv2d, nn.BatchNorm2d, nn.ReLU, LsqConv2d, nn.ReLU]
+    assert all(isinstance(m, kind) for m, kind in zip(inside[:5], expected, strict=True))
+    expected[2] = expected[4] = LsqActivation
+    assert all(isinstance(m, kind) for m, kind in zip(behind[:5], expected, strict=True))
     assert (inside[0].precision.act, behind[0].precision.act, behind[2].precision.act) == (8, 32, 3)
 
 
@@ -506,7 +508,8 @@ def test_health_names_every_layer() -> None:
     for preset in PRESETS:
         model = net(preset=preset)
         calibrate_(model, IMAGES)
-        figures = health(model, IMAGES)
+        figures = {name: f for name, f in health(model, IMAGES).items() if f}  # a norm or ReLU has none
+        assert {"0", "3"} <= figures.keys()
         assert all(0 <= f["clip_ratio"] < 0.5 and f["step_size"] > 0 and f["dead_steps"] == 0 for f in figures.values())
 
 
