@@ -1,9 +1,11 @@
 """Headless Chromium, spoken to over a pipe: enough of the DevTools protocol to open a page and ask it things."""
 
+import base64
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -60,11 +62,11 @@ class Browser:
         message, self._buffer = self._buffer.split(b"\0", 1)
         return dict(json.loads(message))
 
-    def open(self, path: Path, *, scheme: str = "light", width: int = 1280) -> None:
+    def open(self, path: Path, *, scheme: str = "light", width: int = 1280, height: int = 900) -> None:
         """Open a file and wait until its script says that it is ready."""
         self.log.clear()
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=path.resolve().as_uri())
         here = f"location.href === {json.dumps(path.resolve().as_uri())}"
         self.wait_for(f"{here} && 'ready' in (document.documentElement?.dataset ?? {{}})")
@@ -103,3 +105,20 @@ class Browser:
         os.close(self._read)
         os.close(self._write)
         self._profile.cleanup()
+
+
+def picture(page: Path, path: Path, *, scheme: str = "light", width: int = 1280, height: int = 900) -> None:
+    """A PNG of what a window of that size shows of a page."""
+    browser = Browser()
+    try:
+        browser.open(page, scheme=scheme, width=width, height=height)
+        time.sleep(1)  # the canvases are drawn in the frames after the page says that it is ready
+        path.write_bytes(base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"]))
+    finally:
+        browser.close()
+
+
+if __name__ == "__main__":  # python tests/browser.py PAGE.html PICTURE.png [light|dark [WIDTH [HEIGHT]]]
+    page, to, *choices = sys.argv[1:]
+    scheme, width, height = [*choices, *["light", "1280", "900"][len(choices) :]]
+    picture(Path(page), Path(to), scheme=scheme, width=int(width), height=int(height))

@@ -328,3 +328,16 @@ def test_in_a_browser_the_timeline_and_a_broken_run_open_too(browser: Browser, t
         browser.open(path)
         assert browser.requests() == [path.as_uri()]
         assert browser.complaints() == []
+
+
+def test_the_float_run_beside_it_is_what_a_run_is_compared_with(tmp_path: Path) -> None:
+    mine = make_run(tmp_path / "lsq", epochs=2, layers=LENET, drops=())
+    base = make_run(tmp_path / "none", epochs=2, layers=LENET, drops=(), quant="none")
+    other = make_run(tmp_path / "none-other-seed", epochs=2, layers=LENET, drops=(), quant="none")
+    for folder, seed, top1 in ((mine, 0, 98.5), (base, 0, 99.0), (other, 1, 10.0)):
+        path = folder / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": seed, "test_top1": top1}))
+    assert "-0.50 points to float (99.00 %, none)" in Page(write_dashboard(mine)).text
+    assert "points to float" not in Page(write_dashboard(base)).text
+    base.rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    assert "points to float" not in Page(write_dashboard(mine)).text

@@ -3,7 +3,10 @@
 import pandas as pd
 
 from runner.pages.page import NOTHING, amount, duration, number, plain, size, text
-from runner.pages.records import Run
+from runner.pages.records import Run, find_runs, read_summary
+
+MOST_NEIGHBOURS = 1_000
+SAME = ("model", "dataset", "epochs", "seed")
 
 
 def headlines(run: Run) -> str:
@@ -17,10 +20,11 @@ def headlines(run: Run) -> str:
     memory = _first(summary.get("peak_memory_bytes"), timing["peak_memory_bytes"].max())
     saved = _first(summary.get("saved_bytes_per_sample"), timing["saved_bytes_per_sample"].max())
     top5 = number(summary.get("test_top5"))
+    gap = gap_to_float(run)
     test_note = f"top-5 {top5:.2f} %, " if top5 is not None else ""
     cards = [
         ("Best validation accuracy", _percent(best), f"epoch {plain(best_epoch)}; last {_joined(_percent(last))}"),
-        ("Test accuracy", _percent(number(summary.get("test_top1"))), f"{test_note}{_checkpoint(summary)}"),
+        ("Test accuracy", _percent(number(summary.get("test_top1"))), f"{gap}{test_note}{_checkpoint(summary)}"),
         ("Training time", duration(seconds), f"{_joined(duration(_per_epoch(run, seconds)))} an epoch"),
         ("Speed", amount(speed, "images/s"), "while training"),
         ("Peak memory", size(memory), "most in use at once"),
@@ -30,6 +34,19 @@ def headlines(run: Run) -> str:
     ]
     items = "".join(_card(*card) for card in cards)
     return f'<dl class="headlines">{items}</dl>'
+
+
+def gap_to_float(run: Run) -> str:
+    """How far the test accuracy is from that of a float run beside this one, with the same network, data, epochs and seed."""
+    mine, reached = run.summary, number(run.summary.get("test_top1"))
+    if reached is None or mine.get("quant") == "none":
+        return ""
+    for folder in find_runs(run.folder.parent)[:MOST_NEIGHBOURS]:
+        other = read_summary(folder)
+        found = number(other.get("test_top1"))
+        if found is not None and other.get("quant") == "none" and all(other.get(k) == mine.get(k) for k in SAME):
+            return f"{reached - found:+.2f} points to float ({found:.2f} %, {folder.name}); "
+    return ""
 
 
 def _card(label: str, figure: tuple[str, str], note: str) -> str:

@@ -16,7 +16,9 @@ from runner.pages.records import read_run
 from runner.pages.watch import Followed, Watch
 
 EVERY = 1000  # milliseconds between looks at what changed
-LEISURE = 10  # a page that is slow to bring up to date rests for that many times as long, but for no longer than a second
+LEISURE = (
+    10  # a page that is slow to bring up to date rests for that many times as long, but for no longer than a second
+)
 FOLLOWING: dict[type[Model], tuple[str, ...]] = {
     ColumnDataSource: ("data",), IndexFilter: ("indices",), FixedTicker: ("ticks",), FactorRange: ("factors",),
     ColorMapper: ("low", "high"),

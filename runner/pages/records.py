@@ -80,6 +80,11 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def read_summary(folder: Path) -> dict[str, object]:
+    """What a finished run says of itself; empty where there is nothing that can be read."""
+    return _mapping(folder / "summary.json", json.loads, [])
+
+
 def find_runs(root: Path) -> list[Path]:
     """Every run folder at or below `root`, sorted; links and hidden folders are not followed."""
     found: list[Path] = []

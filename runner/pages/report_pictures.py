@@ -59,7 +59,9 @@ def _point(cost: float, group: Group) -> svg.Series:
 
 
 def _short(group: Group) -> str:
-    return group.label.replace("quant.", "")
+    """As short as it can stand beside a point: W and A are the bits of weights and activations."""
+    short = group.label.replace("quant.", "").replace("weight_bits=", "W").replace("act_bits=", "A")
+    return "float32" if short == "none" else short
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -60,7 +60,9 @@ def _from_csv(path: Path) -> list[Row]:
     table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8", errors="replace")))
     lost = set(ROW) - set(table.fieldnames or ())
     if lost:
-        raise ConfigError([Fault(str(path), f"holds no rows of `report --format csv`: no column {', '.join(sorted(lost))}")])
+        raise ConfigError(
+            [Fault(str(path), f"holds no rows of `report --format csv`: no column {', '.join(sorted(lost))}")]
+        )
     return [_numbers(row) for row in table]
 
 
