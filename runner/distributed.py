@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,8 @@ from runner.synced_norm import synced_
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds without a step after which a rank is taken to hang
 STEPS = 10  # or so many times the longest step, where that is more
-TICK = 0.5  # seconds between two looks
+TICK = 1.0  # seconds between two looks
+BUSY = 2  # hundredths of a second of processor time between two looks: somebody computes
 LONG = 3600.0  # seconds for what is no step: reading data, compiling, saving
 LOST = re.compile(
     r"gloo|nccl|ProcessGroup|Connection (closed|reset|refused)|Timed out|recvValue|Broken pipe", re.IGNORECASE
@@ -217,7 +219,8 @@ def join(place: Place, device: torch.device, last_words: Callable[[str], None]) 
     siblings = [
         pid for host, pid in world.gathered((socket.gethostname(), os.getpid())) if host == socket.gethostname()
     ]
-    world.watch = Watchdog([pid for pid in siblings if pid != os.getpid()], last_words)
+    others = [pid for pid in siblings if pid != os.getpid()]
+    world.watch = Watchdog(others, last_words, looks_at_cpu=device.type == "cpu")
     return world
 
 
@@ -225,10 +228,11 @@ class Watchdog:
     """A thread that ends this training when nothing moves: then some rank hangs, and waiting for it would be for ever.
 
     It counts its own ticks and no clock, so that a machine that slept, or a process that was frozen, is not taken to hang.
+    While ranks of this host compute (`looks_at_cpu`), ticks count a tenth: a crowded machine is slow and does not hang.
     """
 
-    def __init__(self, siblings: list[int], last_words: Callable[[str], None]) -> None:
-        self.siblings, self.last_words = siblings, last_words
+    def __init__(self, siblings: list[int], last_words: Callable[[str], None], looks_at_cpu: bool) -> None:
+        self.siblings, self.last_words, self.looks_at_cpu = siblings, last_words, looks_at_cpu
         self.limit, self.longest = LONG, 0.0  # the first step of a process compiles, loads and fills caches
         self.idle, self.over = 0.0, threading.Event()
         threading.Thread(target=self._look, daemon=True, name="watchdog").start()
@@ -250,12 +254,23 @@ class Watchdog:
         self.over.set()
 
     def _look(self) -> None:
-        before = time.monotonic()
+        before, worked = time.monotonic(), self._cpu_ticks()
         while not self.over.wait(TICK):
-            now = time.monotonic()
-            self.idle, before = self.idle + min(now - before, 2 * TICK), now
+            now, working = time.monotonic(), self._cpu_ticks()
+            slow = 0.1 if working - worked > BUSY else 1.0
+            self.idle += slow * min(now - before, 2 * TICK)
+            before, worked = now, working
             if self.idle > self.limit:
                 self._give_up()
+
+    def _cpu_ticks(self) -> int:
+        """Processor time of the ranks of this host so far, in hundredths of a second; 0 where nobody says."""
+        total = 0
+        for pid in [os.getpid(), *self.siblings] if self.looks_at_cpu else []:
+            with suppress(OSError, ValueError, IndexError):
+                fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                total += int(fields[11]) + int(fields[12])
+        return total
 
     def _give_up(self) -> None:
         reason = f"no rank moved for {self.limit:.0f} s: one of them hangs; run the same command again to go on"

@@ -55,7 +55,9 @@ class Onlooker(RunFolder):
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
-        self.metrics, self.timing, self.health = (SilentLog(path / name) for name in ("metrics", "timing", "quant"))
+        self.metrics, self.timing, self.health = (
+            SilentLog(path / name) for name in ("metrics.csv", "timing.csv", "quant.csv")
+        )
 
     def status(self, state: str, exit_code: int | None = None, why: str = "", **facts: Any) -> None:
         return
