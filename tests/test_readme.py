@@ -10,12 +10,20 @@ from runner.pages.report import as_markdown, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = {"lenet5_mnist.csv": "README.md", "variants_lenet5_mnist.csv": "quant/README.md"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "outputs" / "published").glob("lenet5_*.csv")), ids=lambda path: path.name)
-def test_a_published_table_stands_in_the_readme_as_the_rows_give_it(path: Path) -> None:
-    assert as_markdown(collect([path])) in README
-    assert f"report outputs/published/{path.name}" in README
+@pytest.mark.parametrize("name", TABLES)
+def test_a_published_table_stands_where_the_rows_give_it(name: str) -> None:
+    page = (ROOT / TABLES[name]).read_text(encoding="utf-8")
+    assert as_markdown(collect([ROOT / "outputs" / "published" / name])) in page
+    assert f"report outputs/published/{name}" in page
+
+
+def test_every_published_file_is_named_on_a_page() -> None:
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "quant/README.md"))
+    idle = [path.name for path in (ROOT / "outputs" / "published").iterdir() if path.name not in pages]
+    assert not idle
 
 
 @pytest.mark.parametrize("group", ["model", "quant", "dataset", "classifier", "regularizer"])
