@@ -1,0 +1,101 @@
+"""ONNX files hold standard operators only, and onnxruntime computes with them what was trained."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.base import build
+from quant.base import find
+from quant.surgery import Rule, calibrate_, quantize_
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from runner.export.onnx import onnx_bytes, session  # noqa: E402  (only where both are installed)
+
+KEPT = [Rule(match=["first", "last"], keep=True), Rule(match=["*shortcut*"], keep=True, optional=True)]
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("lenet5", "none", {}), ("lenet5", "xnor", {}), ("lenet5", "xnor", {"input_scale": True}),
+    ("lenet5", "xnor", {"binary_activations": False}), ("lenet5", "lsq", {}), ("lenet5", "lsq", {"preset": "plus"}),
+    ("lenet5", "lsq", {"preset": "plain", "weight_bits": 3}), ("lenet5", "lsq", {"weight_steps": "channel"}),
+    ("lenet5", "8bit-rangebn", {}), ("lenet5", "8bit-rangebn", {"zero_exact": False}), ("lenet5", "dorefa", {}),
+    ("lenet5", "ternary", {}), ("resnet", "xnor", {}), ("resnet", "lsq", {}), ("nin", "xnor", {}),
+]  # fmt: skip
+
+
+def exported(
+    model: str, quant: str, settings: dict[str, Any]
+) -> tuple[nn.Module, bytes, torch.Tensor, tuple[str, ...]]:
+    """A network after two steps, its file, and images for it."""
+    torch.manual_seed(0)
+    channels, size = (1, 28) if model == "lenet5" else (3, 16)
+    net = build(model, in_channels=channels, num_classes=10, image_size=size)
+    quantize_(net, find(quant)(**settings), KEPT if quant in ("xnor", "ternary", "dorefa") else [])
+    calibrate_(net, torch.randn(16, channels, size, size))
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.randn(8, channels, size, size)), torch.randint(10, (8,))).backward()
+        optimizer.step()
+    data = SimpleNamespace(in_channels=channels, classes=tuple("0123456789"), mean=(0.0,), std=(1.0,))
+    config = SimpleNamespace(model=SimpleNamespace(name=model), quant=SimpleNamespace(name=quant))
+    stored: Any = SimpleNamespace(model=net.eval(), sizes={"input_size": size}, data=data, config=config)
+    content, remarks = onnx_bytes(stored)
+    return net, content, torch.randn(16, channels, size, size), remarks
+
+
+@pytest.mark.parametrize(("model", "quant", "settings"), CASES, ids=str)
+def test_onnxruntime_computes_what_was_trained(model: str, quant: str, settings: dict[str, Any]) -> None:
+    net, content, images, _ = exported(model, quant, settings)
+    with torch.no_grad():
+        expected = net(images)
+    found = session(content)(images)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert {node.domain for node in onnx.load_from_string(content).graph.node} == {""}
+
+
+def test_weights_are_stored_at_few_bits() -> None:
+    _, four, _, _ = exported("lenet5", "lsq", {})
+    _, eight, _, _ = exported("lenet5", "8bit-rangebn", {})
+    types = [{c.name: c.data_type for c in onnx.load_from_string(f).graph.initializer} for f in (four, eight)]
+    kinds = onnx.TensorProto
+    assert (types[0]["conv2.weight_codes"], types[0]["fc2.weight_codes"]) == (kinds.INT4, kinds.INT8), (
+        "the last has 8 bits"
+    )
+    assert types[1]["conv2.weight_codes"] == kinds.INT8
+    assert len(four) < 431_080 * 0.55
+    assert len(eight) < 431_080 * 1.05
+
+
+def test_codes_and_zero_points_give_back_the_trained_weight() -> None:
+    for quant, settings in (("lsq", {"preset": "v1"}), ("8bit-rangebn", {}), ("ternary", {})):
+        net, content, _, _ = exported("lenet5", quant, settings)
+        constants = {c.name: onnx.numpy_helper.to_array(c) for c in onnx.load_from_string(content).graph.initializer}
+        codes, zero, step = (constants[f"conv2.weight_{part}"].astype(np.float32) for part in ("codes", "zero", "step"))
+        value = (codes - zero.reshape(-1, 1, 1, 1)) * step.reshape(-1, 1, 1, 1)
+        own: Any = net.get_submodule("conv2")
+        if quant == "lsq":
+            expected = own.weight_quantizer(own.weight)
+        else:
+            expected = torch.from_numpy(value)  # ternary and 8 bits: as many values as the codes have
+            assert np.unique(codes).size <= (3 if quant == "ternary" else 256)
+            assert F.cosine_similarity(expected.flatten(), own.weight.detach().flatten(), dim=0) > 0.85
+        assert np.allclose(value, expected.detach().numpy(), rtol=1e-6, atol=1e-8)
+
+
+def test_the_sign_of_zero_is_plus_one() -> None:
+    """Zeros stand in front of the sign wherever a ReLU was, if no normalisation moves them."""
+    net, content, _, _ = exported("lenet5", "xnor", {"input_norm": "none"})
+    images = torch.zeros(4, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.allclose(session(content)(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+def test_grids_without_an_integer_zero_point_are_named() -> None:
+    _, _, _, remarks = exported("lenet5", "lsq", {"preset": "plus"})
+    assert any(remark.startswith("conv2.input: its grid has no integer zero point") for remark in remarks)
