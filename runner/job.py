@@ -72,7 +72,7 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
         run = Run(config, folder, screen, stop, device, world)
         cost = _preflight(run)
         run.begin()
-        if config.trainer.dashboard == "open":
+        if config.trainer.dashboard == "open" and world.first:
             open_live(path)
         folder.status("running", steps_total=run.total_steps, epoch=run.progress.epoch, step=run.progress.step)
         stop.finish_steps()

@@ -298,7 +298,8 @@ def test_in_a_browser_the_controls_do_what_they_say(browser: Browser, whole: Pat
     browser.ask("document.querySelector('[data-series=\"loss:train_loss\"]').click()")
     assert set(browser.ask(MUTED)) == {True}
     browser.ask(
-        "document.querySelector('select').selectedIndex = 1; document.querySelector('select').dispatchEvent(new Event('change', {bubbles: true}))"
+        "document.querySelector('select').selectedIndex = 1; "
+        "document.querySelector('select').dispatchEvent(new Event('change', {bubbles: true}))"
     )
     assert browser.ask("[...document.querySelectorAll('.heat figure')].map(f => f.hidden)") == [True, False, True, True]
     column = "[...document.querySelectorAll('table')].find(t => t.caption.textContent.includes('layers;'))"

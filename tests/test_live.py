@@ -109,8 +109,9 @@ def link_to(browser: Browser, name: str) -> str:
                            f"r => JSON.parse(r).link && r.includes({json.dumps(name)}))).link"))  # fmt: skip
 
 
-POINTS = "[...[...Bokeh.documents[0].all_models].find(m => m.type === 'ColumnDataSource' && m.data.val_top1).data.val_top1].length"
-RANGE = "(({start, end}) => [start, end])([...Bokeh.documents[0].all_models].find(m => m.name === 'x' && m.type === 'Range1d'))"
+MODELS = "[...Bokeh.documents[0].all_models]"
+POINTS = f"[...{MODELS}.find(m => m.type === 'ColumnDataSource' && m.data.val_top1).data.val_top1].length"
+RANGE = f"(({{start, end}}) => [start, end])({MODELS}.find(m => m.name === 'x' && m.type === 'Range1d'))"
 
 
 def test_a_run_is_followed_and_the_view_stays(browser: Browser, server: LiveServer, runs: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_run_is_followed_and_the_view_stays(browser: Browser, server: LiveServ
     grow(runs / "growing", source, 6, tail=b"6,12")
     begun = time.monotonic()
     browser.wait_for(f"{POINTS} === 7")
-    assert time.monotonic() - begun < 20, "2 s on an idle machine"
+    assert time.monotonic() - begun < 2 + 5 * os.getloadavg()[0], "2 s on an idle machine"
     browser.wait_for("document.querySelector('[data-part=epochs] tbody').rows.length === 6")
     assert browser.ask(RANGE)[1] == pytest.approx(6 * 1.03), "what is shown whole grows with the run"
     browser.ask("document.querySelector('[data-move=closer]').click()")
@@ -223,7 +224,7 @@ def test_memory_and_time_stay_bounded(browser: Browser, server: LiveServer, runs
     assert _heap(browser) - heap < 40_000_000
     idle = server.cpu_seconds
     time.sleep(3)
-    assert server.cpu_seconds - idle < 1.5, "who follows nothing new does next to nothing"
+    assert server.cpu_seconds - idle < 0.5, "who follows nothing new does next to nothing"
 
 
 def _heap(browser: Browser) -> int:
@@ -238,9 +239,13 @@ def test_ten_thousand_folders_are_found_at_once_and_read_bit_by_bit(tmp_path: Pa
     watch = Watch([tmp_path])
     watch.refresh(0.1)
     assert len(watch.runs) == 10_000
-    read = sum(bool(run.row) for run in watch.runs.values())
-    watch.refresh(0.5)
-    assert sum(bool(run.row) for run in watch.runs.values()) > read
+    watch._next_search = time.monotonic() + PATIENCE
+    read = -1
+    for _ in range(3):
+        now = sum(bool(run.row) for run in watch.runs.values())
+        assert now > read
+        read = now
+        watch.refresh(0.2)
 
 
 def test_what_vanishes_and_what_changes(tmp_path: Path) -> None:

@@ -47,13 +47,12 @@ class Watch:
         if start >= self._next_search:
             self._search()
             self._next_search = time.monotonic() + LEISURE * (time.process_time() - worked)
-        else:
-            running = [run for run in self.runs.values() if run.state not in SETTLED]
-            self._pending += [run for run in running if run not in self._pending]
+        elif not self._pending:
+            self._pending = [run for run in self.runs.values() if run.state not in SETTLED]
         if not self.base:
-            self.base = base_of(settings_of(read_run(run.folder)) for run in self._pending[:200])
+            self.base = base_of(settings_of(read_run(run.folder)) for run in self._pending[-200:])
         while self._pending and time.monotonic() - start < patience:
-            self._read(self._pending.pop(0))
+            self._read(self._pending.pop())
 
     def since(self, version: int) -> Iterator[tuple[int, str]]:
         """The rows that changed after `version`, each with its place."""
@@ -71,7 +70,7 @@ class Watch:
             if key not in self.runs:
                 self.runs[key] = Followed(folder)
                 self.places += 1
-        self._pending = list(self.runs.values())
+        self._pending = list(self.runs.values())[::-1]
 
     def _read(self, followed: Followed) -> None:
         stamp = _stamp(followed.folder)
