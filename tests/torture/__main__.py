@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,7 @@ def main() -> int:
     unknown = set(options.levels) - {level.name for level in LEVELS}
     if unknown:
         sys.exit(f"no level {', '.join(sorted(unknown))}; known: {', '.join(level.name for level in LEVELS)}")
-    began = time.monotonic()
-    figures: dict[str, Any] = {"commit": _commit(), "seed": options.seed, "short": options.short, "date": _now()}
+    figures = _figures(options)
     prepare([scenario.config for scenario in short_scenarios()])
 
     def work(level: Any, place: Path) -> dict[str, Any]:
@@ -40,15 +40,28 @@ def main() -> int:
             found = level.run(size, options.seed, place)
         except Skipped as reason:
             found = {"skipped": str(reason)}
-        return found | {"seconds": round(time.monotonic() - began, 1)}
+        spent = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return found | {"seconds": round(time.monotonic() - began, 1), "processor_seconds": round(spent, 1)}
 
     with tempfile.TemporaryDirectory(prefix="torture-", dir=options.workplace, ignore_cleanup_errors=True) as folder:
-        chosen = {level.name: level for level in LEVELS if not options.levels or level.name in options.levels}
+        chosen = {level.name: level for level in LEVELS if level.size(options.short) is not None}
+        chosen = {name: level for name, level in chosen.items() if not options.levels or name in options.levels}
         found = at_once(options.jobs, chosen, lambda name, place: work(chosen[name], place), Path(folder))
-    figures |= {name: found[name] for name in chosen} | {"seconds": round(time.monotonic() - began, 1)}
-    options.out.mkdir(parents=True, exist_ok=True)
+    figures |= {name: found[name] for name in chosen}
     (options.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return _say(found, options.out / "figures.json")
+
+
+def _figures(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures are of; of the same that are there already stay: a round may come in pieces."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = {"commit": _commit(), "seed": options.seed, "short": options.short}
+    try:
+        there = json.loads((options.out / "figures.json").read_text())
+        same = all(there[key] == value for key, value in about.items())
+    except (OSError, ValueError, KeyError):
+        there, same = {}, False
+    return (there if same else about) | {"date": _now()}
 
 
 Work = Callable[[str, Path], dict[str, Any]]
