@@ -31,7 +31,7 @@ def test_by_default_every_quantizer_takes_part_as_it_ships() -> None:
     assert found[0] == "float32"
     assert {"xnor", "bwn", "lsq", "8bit-rangebn", "actgrad", "dorefa", "ternary"} <= set(found)
     assert "actgrad bits=2 norm=quantized" in found
-    assert ("lsq compile=true" in found) == bool(shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"))
+    assert ("lsq compile=true" in found) == any(map(shutil.which, ("g++", "clang++")))
     config = plan_of([]).contenders[0].config
     assert (config.model.name, config.data_regime.phases[0].batch_size, config.trainer.threads) == ("resnet18", 64, 1)
 

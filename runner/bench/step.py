@@ -25,7 +25,12 @@ SHORT = {"batch": "batch_size", "threads": "trainer.threads", "device": "trainer
 OWN = ("n", "variant", "base")
 USUAL = ("model=resnet18", "dataset=synthetic", "batch_size=64", "trainer.threads=1")
 METHOD = re.compile(r"\+*(quant|regularizer|trainer)[.=](?!device=|threads=)")  # how a network is trained, not which
-BESIDE = ("quant=actgrad quant.bits=2 quant.norm=quantized",)  # measured unasked, besides every quantizer as it ships
+BESIDE = (  # measured unasked, besides every quantizer as it ships
+    "quant=actgrad quant.bits=2 quant.norm=quantized",
+    "quant=lsq quant.norm_input=kept",
+    "quant=lsq trainer.channels_last=true",
+    "quant=none trainer.channels_last=true",
+)
 COMPILED = ("quant=none trainer.compile=true", "quant=lsq trainer.compile=true")  # the same, where there is a compiler
 
 
@@ -95,7 +100,7 @@ def _sorted_out(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str], 
 
 def _usual_rows() -> list[str]:
     shipped = [f"quant={name}" for name in choices_of()["quant"] if name != "none"]
-    compiled = COMPILED if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") else ()
+    compiled = COMPILED if any(map(shutil.which, ("g++", "clang++"))) else ()
     return [*shipped, *BESIDE, *compiled]
 
 
