@@ -41,7 +41,11 @@ def run(command: list[str], place: Path, cores: str) -> float:
     place.mkdir(parents=True)
     began = time.monotonic()
     subprocess.run(
-        ["taskset", "-c", cores, sys.executable, *command], cwd=place, env=environment, check=True, stdout=subprocess.DEVNULL
+        ["taskset", "-c", cores, sys.executable, *command],
+        cwd=place,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
     return time.monotonic() - began
 
