@@ -175,10 +175,8 @@ def test_hostile_strings_are_text_wherever_they_appear(browser: Browser, tmp_pat
         choose(browser, "colour-key", key)
         choose(browser, "dash-key", key)
         choose(browser, "filter-key", key)
-        browser.ask(
-            values = "document.getElementById('filter-value')"
-            browser.ask(f"({values}.selectedIndex = 1, {values}.{CHANGED})")
-        )
+        values = "document.getElementById('filter-value')"
+        browser.ask(f"({values}.selectedIndex = 1, {values}.{CHANGED})")
     assert browser.ask("window.hit") is None
     assert browser.ask("document.querySelectorAll('img, script[src]').length") == 0
     assert HOSTILE in browser.ask("document.getElementById('settings').textContent")
@@ -232,7 +230,13 @@ def test_thousands_of_configurations_are_listed_a_page_at_a_time(browser: Browse
 
 
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
-    for words, said in (([str(tmp_path / "nowhere")], "is not there"), ([str(tmp_path), "--compare"], "no run folder"),
-                        ([str(tmp_path), "--compare", "--write"], "not allowed with"), (["--host", "0.0.0.0"], "name the one address")):  # fmt: skip
+    here = str(tmp_path)
+    mistakes = [
+        ([f"{here}/nowhere"], "is not there"),
+        ([here, "--compare"], "no run folder"),
+        ([here, "--compare", "--write"], "not allowed with"),
+        (["--host", "0.0.0.0"], "name the one address"),
+    ]
+    for words, said in mistakes:
         with pytest.raises(ConfigError, match=said):
             dashboard(words)
