@@ -229,14 +229,18 @@ def test_thousands_of_configurations_are_listed_a_page_at_a_time(browser: Browse
     assert browser.ask("document.getElementById('results-where').textContent") == "101 to 200 of 10,000"
 
 
-def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
-    here = str(tmp_path)
-    mistakes = [
-        ([f"{here}/nowhere"], "is not there"),
-        ([here, "--compare"], "no run folder"),
-        ([here, "--compare", "--write"], "not allowed with"),
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "is not there"),
+        ([".", "--compare"], "no run folder"),
+        ([".", "--compare", "--write"], "not allowed with"),
         (["--host", "0.0.0.0"], "name the one address"),
-    ]
-    for words, said in mistakes:
-        with pytest.raises(ConfigError, match=said):
-            dashboard(words)
+    ],
+)
+def test_mistakes_on_the_command_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        dashboard(words)
