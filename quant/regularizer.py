@@ -162,11 +162,15 @@ class MarginPenalty(Penalty):
 
 
 def _watch(model: nn.Module, settings: "RoundingMargin", passes: list[Measured]) -> Iterator[RemovableHandle]:
-    """Hooks on whatever rounds: step quantizers on their input, binary layers on what their sign is taken of."""
+    """Hooks on whatever rounds: layers and activations with learned steps, binary layers on what their sign is taken of."""
     for name, layer in quantized_layers(model).items():
         part = getattr(layer, "act_quantizer" if settings.target == "partial_sums" else "weight_quantizer", None)
         if isinstance(part, StepQuantizer):
-            yield part.register_forward_pre_hook(_step_hook(name, settings.margin, passes))
+            # A matrix layer may multiply codes without calling its quantizer; an activation rounds what comes out of its ReLU.
+            inner = not hasattr(layer, "weight_quantizer")
+            weight = getattr(layer, "weight", None) if settings.target == "weights" else None
+            hook = _step_hook(name, part, weight, settings.margin, passes)
+            yield (part if inner else layer).register_forward_pre_hook(hook)  # type: ignore[union-attr]
         elif layer.precision.act == 1 and settings.target == "partial_sums":
             norm = getattr(layer, "norm", None)
             part = layer if norm is None else norm
@@ -174,11 +178,14 @@ def _watch(model: nn.Module, settings: "RoundingMargin", passes: list[Measured])
             yield part.register_forward_hook(_sign_hook(name, settings.margin, passes, after=norm is not None))
 
 
-def _step_hook(name: str, margin: float, passes: list[Measured]) -> Callable[[StepQuantizer, tuple[Tensor]], None]:
-    def measure(part: StepQuantizer, inputs: tuple[Tensor]) -> None:
-        if part.training and inputs[0].requires_grad and torch.is_grad_enabled():  # images are nobody's partial sums
+def _step_hook(
+    name: str, part: StepQuantizer, weight: Tensor | None, margin: float, passes: list[Measured]
+) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    def measure(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        v = inputs[0] if weight is None else weight
+        if module.training and v.requires_grad and torch.is_grad_enabled():  # images are nobody's partial sums
             offset = 0.0 if part.offset is None else part.offset
-            passes.append((name, *rounding_margin(inputs[0], part.size(), part.qn, part.qp, margin, offset)))
+            passes.append((name, *rounding_margin(v, part.size(), part.qn, part.qp, margin, offset)))
 
     return measure
 

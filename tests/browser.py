@@ -62,14 +62,19 @@ class Browser:
         message, self._buffer = self._buffer.split(b"\0", 1)
         return dict(json.loads(message))
 
-    def open(self, path: Path, *, scheme: str = "light", width: int = 1280, height: int = 900) -> None:
-        """Open a file and wait until its script says that it is ready."""
+    def open(
+        self, path: Path, *, scheme: str = "light", width: int = 1280, height: int = 900, waits: bool = True
+    ) -> None:
+        """Open a file and wait until its script says that it is ready, or where it has none, until it is loaded."""
         self.log.clear()
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=path.resolve().as_uri())
         here = f"location.href === {json.dumps(path.resolve().as_uri())}"
-        self.wait_for(f"{here} && 'ready' in (document.documentElement?.dataset ?? {{}})")
+        ready = (
+            "'ready' in (document.documentElement?.dataset ?? {})" if waits else "document.readyState === 'complete'"
+        )
+        self.wait_for(f"{here} && {ready}")
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""

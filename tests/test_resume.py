@@ -39,6 +39,7 @@ CASES = {
     "optimizer and average": ["quant=xnor", SWITCH, "trainer.ema=0.9", "dataset.augment.cutout=6"],
     "mixed images": ["quant=xnor", "trainer.mixup=0.4", "trainer.cutmix=1.0", "trainer.accumulate=2"],
     "dropout and step sizes": [*TINY, "quant=lsq", WITHIN, "trainer.accumulate=2", "trainer.label_smoothing=0.1"],
+    "computed twice": [*TINY, "quant=xnor", SWITCH, "trainer.recompute=blocks"],
     "stochastic rounding": [*TINY, "quant=8bit-rangebn", "classifier=fixed", "trainer.grad_clip=1", "seed=3"],
 }
 KILLS = [(4, signal.SIGTERM, 75), (10, signal.SIGKILL, -signal.SIGKILL), (17, signal.SIGKILL, -signal.SIGKILL)]

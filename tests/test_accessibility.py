@@ -1,0 +1,53 @@
+"""axe-core finds nothing serious on any page, in light and dark."""
+
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, Browser
+from run_samples import LENET, make_run
+
+from runner.pages.compare import write_comparison
+from runner.pages.dashboard import write_dashboard, write_timeline
+from runner.pages.records import find_runs
+from runner.pages.report import report
+
+SERIOUS = {"serious", "critical"}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("outputs")
+    for index, quant in enumerate(("none", "lsq", "lsq")):
+        make_run(root / "runs" / f"{quant}{index}", epochs=6 + index, layers=LENET, drops=(3,), quant=quant)
+    rows: list[dict[str, object]] = [{"epoch": epoch, "step": epoch, "phase": 0, "lr": 0.1} for epoch in range(3)]
+    assert report([str(root / "runs"), "--format", "html", "--out", str(root / "report")]) == 0
+    return {
+        "run": write_dashboard(root / "runs" / "lsq1"),
+        "comparison": write_comparison(find_runs(root / "runs"), root / "comparison.html"),
+        "timeline": write_timeline(rows, root / "timeline.html", "a regime"),
+        "report": root / "report" / "report.html",
+    }
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    instance = Browser()
+    yield instance
+    instance.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["run", "comparison", "timeline", "report"])
+def test_axe_finds_nothing_serious(browser: Browser, pages: dict[str, Path], name: str, scheme: str) -> None:
+    browser.open(pages[name], scheme=scheme, waits=name != "report")
+    browser.ask((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8") + ";0")
+    found: list[dict[str, Any]] = browser.ask(
+        "axe.run(document, {resultTypes: ['violations']}).then(r => r.violations.map(v => "
+        "({id: v.id, impact: v.impact, where: v.nodes.slice(0, 3).map(n => n.html.slice(0, 150))})))"
+    )
+    assert [violation for violation in found if violation["impact"] in SERIOUS] == []
