@@ -36,10 +36,11 @@ def make_run(
     drops: tuple[int, ...] = (50, 80, 105),
     state: str = "done",
     words: str | None = None,
+    seed: int = 0,
 ) -> Path:
     """A run of `epochs` epochs whose learning rate falls at `drops`; `words` takes the place of every free string."""
     folder.mkdir(parents=True)
-    chance = random.Random(epochs)
+    chance = random.Random(epochs + 1000 * seed)
     metrics, timing = _progress(epochs, drops, chance, words)
     write_csv(folder / "metrics.csv", METRICS, metrics)
     write_csv(folder / "timing.csv", TIMING, timing)
@@ -53,7 +54,7 @@ def make_run(
     (folder / "status.json").write_text(
         json.dumps(status | {"pid": 4711, "updated": words or "2026-11-20T17:03:12+00:00"})
     )
-    config = _config(epochs, drops, quant, words)
+    config = _config(epochs, drops, quant, words) | {"seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     if state == "done":
         (folder / "summary.json").write_text(json.dumps(_summary(metrics, timing, config, words)))
@@ -163,12 +164,12 @@ def _summary(
 ) -> dict[str, Any]:
     best = max(metrics, key=lambda row: row["val_top1"])
     return {
-        "name": words or f"{config['model']['name']}-{config['quant']['name']}-cifar10-s0",
+        "name": words or f"{config['model']['name']}-{config['quant']['name']}-cifar10-s{config['seed']}",
         "run": words or "resnet-lsq-cifar10-s0-1a2b3c4d",
         "model": config["model"]["name"],
         "quant": config["quant"]["name"],
         "dataset": config["dataset"]["name"],
-        "seed": 0,
+        "seed": config["seed"],
         "epochs": len(metrics),
         "steps": metrics[-1]["step"],
         "best_val_top1": best["val_top1"],
@@ -189,5 +190,16 @@ def _summary(
         "macs": {"float": 1_780_000, "int": 0, "binary": 553_648_128},
         "config_hash": words or "1a2b3c4d",
         "command": [words or "python", "-m", "runner", "model=resnet18", words or "name=a b"],
-        "environment": {"python": "3.11.9", "torch": words or "2.15.0", "cpu": "AMD EPYC 9554", "threads": 2},
+        "environment": {
+            "python": "3.11.9",
+            "torch": words or "2.15.0",
+            "torchvision": "0.29.0",
+            "device": "cpu",
+            "cpu": words or "AMD EPYC 9554",
+            "capability": "AVX512",
+            "threads": 2,
+            "world": 1,
+            "code": words or "ae25672dca63",
+            "platform": "Linux-6.1-x86_64",
+        },
     }

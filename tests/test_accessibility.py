@@ -20,12 +20,12 @@ SERIOUS = {"serious", "critical"}
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("outputs")
-    for index, quant in enumerate(("none", "lsq", "lsq")):
-        make_run(root / "runs" / f"{quant}{index}", epochs=6 + index, layers=LENET, drops=(3,), quant=quant)
+    for quant, seed in (("none", 0), ("lsq", 0), ("lsq", 1)):
+        make_run(root / "runs" / f"{quant}{seed}", epochs=6, layers=LENET, drops=(3,), quant=quant, seed=seed)
     rows: list[dict[str, object]] = [{"epoch": epoch, "step": epoch, "phase": 0, "lr": 0.1} for epoch in range(3)]
     assert report([str(root / "runs"), "--format", "html", "--out", str(root / "report")]) == 0
     return {
-        "run": write_dashboard(root / "runs" / "lsq1"),
+        "run": write_dashboard(root / "runs" / "lsq0"),
         "comparison": write_comparison(find_runs(root / "runs"), root / "comparison.html"),
         "timeline": write_timeline(rows, root / "timeline.html", "a regime"),
         "report": root / "report" / "report.html",

@@ -75,14 +75,14 @@ def _row(folder: Path) -> Row | None:
             for word in summary["command"]
             if word.startswith(("quant.", "regularizer", "classifier", "trainer.ema"))
         ]
-        facts = {key: environment[key] for key in ("cpu", "threads", "torch", "code")}
+        facts = {key: environment.get(key, "") for key in ("cpu", "threads", "torch", "code")}
         own = {key: summary[key] for key in ROW if key in summary and key != "command"}
         return (
             own
             | facts
             | {"settings": " ".join(sorted(words)), "command": _public(summary["command"]), "folder": folder}
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

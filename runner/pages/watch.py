@@ -51,8 +51,10 @@ class Watch:
             self._pending = [run for run in self.runs.values() if run.state not in SETTLED]
         if not self.base:
             self.base = base_of(settings_of(read_run(run.folder)) for run in self._pending[-200:])
-        while self._pending and time.monotonic() - start < patience:
+        while self._pending:  # one at least: a machine too busy for anything else gets there, too
             self._read(self._pending.pop())
+            if time.monotonic() - start >= patience:
+                break
 
     def since(self, version: int) -> Iterator[tuple[int, str]]:
         """The rows that changed after `version`, each with its place."""
