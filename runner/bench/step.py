@@ -26,6 +26,9 @@ OWN = ("n", "variant", "base")
 USUAL = ("model=resnet18", "dataset=synthetic", "batch_size=64", "trainer.threads=1")
 METHOD = re.compile(r"\+*(quant|regularizer|trainer)[.=](?!device=|threads=)")  # how a network is trained, not which
 BESIDE = (  # measured unasked, besides every quantizer as it ships
+    "quant=xnor trainer.recompute=stages",
+    "quant=xnor trainer.backward=bf16",
+    "quant=xnor trainer.backward=bf16 trainer.recompute=stages",
     "quant=actgrad quant.bits=2 quant.norm=quantized",
     "quant=lsq quant.norm_input=kept",
     "quant=lsq trainer.channels_last=true",
