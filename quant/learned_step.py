@@ -155,12 +155,15 @@ class StepSettings:
     init: FirstStep = "lsq"
     constant: float = 1.0
     param: Param = "raw"
+    change: float | None = None
+    """No update changes a step by more than this share of itself."""
     per_sample: bool = False
     """N of the gradient scale counts the values of one sample, not of the whole tensor."""
 
 
 class StepQuantizer(nn.Module):
-    """Steps (and offsets) of one tensor: parameters `step`, `offset`, buffers `qn`, `qp` (which say: signed or not).
+    """Steps (and offsets) of one tensor: parameters `step`, `offset`, buffers `qn`, `qp` (which say: signed or not), `before`
+    (the steps that `bound_` left behind).
 
     A step that training drives to zero or below is held at 1e-8 (float16: 6.1e-5). The output is then next to nothing; the
     parameter still gets its gradient and may come back, and `dead` counts it.
@@ -168,12 +171,14 @@ class StepQuantizer(nn.Module):
 
     qn: Tensor
     qp: Tensor
+    before: Tensor
 
     def __init__(self, settings: StepSettings, shape: tuple[int, ...], like: Tensor) -> None:
         super().__init__()
         self.settings = settings
         self.step = nn.Parameter(like.new_ones(shape))
         self.offset = nn.Parameter(like.new_zeros(shape)) if settings.offset else None
+        self.register_buffer("before", like.new_ones(shape))
         for name, number in zip(("qn", "qp"), levels(settings.kind, settings.bits), strict=True):
             self.register_buffer(name, torch.tensor(number, device=like.device))
 
@@ -233,10 +238,24 @@ class StepQuantizer(nn.Module):
         if not bool((step.to(self.step.dtype).isfinite() & offset.isfinite()).all()):
             raise ValueError(f"no step can be found: the first input is not finite, or too large for {v.dtype}")
         step = torch.where(step > _smallest(self.step.dtype), step, 1 / int(self.qp))
-        raw = step + torch.log(-torch.expm1(-step)) if self.settings.param == "softplus" else step
-        self.step.copy_(raw.view_as(self.step))
+        self.step.copy_(self._parameter_of(step).view_as(self.step))
+        self.before.copy_(self.size())
         if self.offset is not None:
             self.offset.copy_(offset.view_as(self.offset))
+
+    def _parameter_of(self, size: Tensor) -> Tensor:
+        return size + torch.log(-torch.expm1(-size)) if self.settings.param == "softplus" else size
+
+    @torch.no_grad()
+    def bound_(self) -> None:
+        """After an update: take steps that have changed by more than a share `change` of themselves back to that."""
+        if self.settings.change is None:
+            return
+        low, high = 1 - self.settings.change, 1 + self.settings.change
+        size = self.raw_size()
+        bounded = torch.minimum(torch.maximum(size, self.before * low), self.before * high)
+        self.step.copy_(torch.where(size == bounded, self.step, self._parameter_of(bounded)))
+        self.before.copy_(self.size())
 
     def _set_range_(self, lowest: float) -> None:
         kind = self.settings.kind

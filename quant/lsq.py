@@ -110,6 +110,11 @@ class _Learned(QuantizedLayer, Matrix):
         if self.act_quantizer is not None:
             self.act_quantizer.calibrate_(x)
 
+    def project_(self) -> None:
+        self.weight_quantizer.bound_()
+        if self.act_quantizer is not None:
+            self.act_quantizer.bound_()
+
     def weight_codes(self) -> Tensor:
         return self.weight_quantizer.codes(self.weight)
 
@@ -151,6 +156,9 @@ class LsqActivation(QuantizedLayer, nn.Module):
     def calibrate_(self, x: Tensor) -> None:
         self.act_quantizer.calibrate_(self.activation(x))
 
+    def project_(self) -> None:
+        self.act_quantizer.bound_()
+
     def health(self, x: Tensor) -> dict[str, float]:
         return self.act_quantizer.health(self.activation(x))
 
@@ -186,6 +194,7 @@ class Lsq(Quantizer):
     step_init: Init | None = None
     step_constant: Annotated[float, Gt(0)] = 1.0
     step_param: Param | None = None
+    step_change: Annotated[float, Interval(gt=0, lt=1)] | None = 0.1
     kernel: Literal["auto", "float"] = "auto"
     norm_input: Literal["recomputed", "kept"] = "recomputed"
     handles = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, *ACTIVATIONS)
@@ -215,6 +224,7 @@ class Lsq(Quantizer):
             init="three_sigma" if switches.step_init == "lsq+" else switches.step_init,
             constant=self.step_constant,
             param=switches.step_param,
+            change=self.step_change,
         )
 
     def for_activations(self) -> StepSettings:
@@ -228,6 +238,7 @@ class Lsq(Quantizer):
             init="mse" if switches.step_init == "lsq+" else switches.step_init,
             constant=self.step_constant,
             param=switches.step_param,
+            change=self.step_change,
         )
 
     def layer(self, module: nn.Module) -> nn.Module | None:

@@ -542,3 +542,33 @@ def test_small_steps_survive_adam_as_softplus(param: Any, dead: float) -> None:
         optimizer.step()
     assert part.health(torch.randn(9))["dead_steps"] == dead
     assert (part.size().item() > 0.98 * first) == (not dead)
+
+
+@pytest.mark.parametrize("param", ["raw", "softplus"])
+def test_no_update_changes_a_step_by_more_than_its_share(param: Any) -> None:
+    torch.manual_seed(0)
+    layer = Lsq(weight_bits=8, step_param=param, step_change=0.25, weight_steps="channel").layer(nn.Conv2d(2, 3, 3))
+    layer.calibrate_(torch.rand(2, 2, 5, 5))
+    part = layer.weight_quantizer
+    first = part.size().detach().flatten()
+    wild = first * torch.tensor([-3.0, 9.0, 1.1])
+    with torch.no_grad():
+        part.step.copy_(
+            (wild if param == "raw" else wild.abs().expm1().log() * torch.tensor([9.0, -9.0, 1.0])).view_as(part.step)
+        )
+    wanted = part.raw_size().detach().flatten().clamp(0.75 * first, 1.25 * first)
+    untouched = part.step.flatten()[2].item()
+    layer.project_()
+    torch.testing.assert_close(part.size().flatten(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(wanted, first * torch.tensor([0.75, 1.25, 1.1]), rtol=1e-5, atol=0)
+    assert part.step.flatten()[2].item() == untouched
+    layer.project_()  # measured from where the last one left it
+    torch.testing.assert_close(part.size().flatten(), wanted, rtol=1e-5, atol=0)
+
+
+def test_as_published_steps_are_not_bounded() -> None:
+    part = Lsq(step_change=None).layer(nn.Linear(4, 3)).weight_quantizer
+    with torch.no_grad():
+        part.step.fill_(7)
+    part.bound_()
+    assert part.step.item() == 7
