@@ -62,7 +62,7 @@ def resnet(
     stem: Literal["auto", "cifar", "imagenet"] = "auto",
     block: Literal["basic", "bireal"] = "basic",
     shortcut: Literal["auto", "conv", "pad", "pool"] = "auto",
-    activation: Literal["relu", "prelu", "hardtanh"] = "relu",
+    activation: Literal["relu", "prelu", "rprelu", "hardtanh"] = "relu",
     width: Annotated[int, Ge(1)] = 1,
     zero_init_residual: bool = False,
 ) -> nn.Module:
@@ -86,8 +86,8 @@ def resnet(
             takes every second pixel and adds channels of zeros (option A, no weights), `pool` averages before a 1x1
             convolution with normalisation (Bi-Real Net, ReActNet). `auto` is `pad` for 20, 32, 44, 56, 110 and
             `conv` otherwise, as printed by He et al.
-        activation: behind the stem and in the blocks; `prelu` learns a slope per channel (ReActNet), `hardtanh` is
-            IR-Net's choice.
+        activation: behind the stem and in the blocks; `prelu` learns a slope per channel, `rprelu` also moves its corner
+            (both ReActNet), `hardtanh` is IR-Net's choice.
         width: factor on the channels of every stage (Zagoruyko, Komodakis, arXiv 1605.07146).
         zero_init_residual: start every block as its shortcut (Goyal et al., arXiv 1706.02677). Not for 8-bit
             gradients: a scale of zero gives gradients of zero, and so ranges of zero, in the first step.
@@ -127,7 +127,7 @@ def resnet18(
     stem: Literal["auto", "cifar", "imagenet"] = "auto",
     block: Literal["basic", "bireal"] = "basic",
     shortcut: Literal["auto", "conv", "pad", "pool"] = "auto",
-    activation: Literal["relu", "prelu", "hardtanh"] = "relu",
+    activation: Literal["relu", "prelu", "rprelu", "hardtanh"] = "relu",
     width: Annotated[int, Ge(1)] = 1,
     zero_init_residual: bool = False,
 ) -> nn.Module:

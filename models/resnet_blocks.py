@@ -13,9 +13,33 @@ from torch import nn
 MakeActivation = Callable[[int], nn.Module]  # from the number of channels
 MakeShortcut = Callable[[int, int, int], nn.Module]  # from channels in, channels out, stride
 
+
+class Shift(nn.Module):
+    """x + b, one b a channel, 0 at first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.bias.view(-1, 1, 1)
+
+
+def rprelu(channels: int) -> nn.Sequential:
+    """PReLU(x - g) + z: a PReLU whose corner each channel may move anywhere (ReActNet, arXiv 2003.03488, eq. 4); -g is `before`.
+
+    >>> act = rprelu(2)
+    >>> _ = nn.init.constant_(act.before.bias, -1.0), nn.init.constant_(act.after.bias, 0.5)
+    >>> act(torch.tensor([-1.0, 3.0]).expand(1, 2, 1, 2)).tolist()              # 0.25 (-1 - 1) + 0.5 and 3 - 1 + 0.5
+    [[[[0.0, 2.5]], [[0.0, 2.5]]]]
+    """
+    return nn.Sequential(OrderedDict(before=Shift(channels), prelu=nn.PReLU(channels), after=Shift(channels)))
+
+
 ACTIVATIONS: dict[str, MakeActivation] = {
     "relu": lambda channels: nn.ReLU(),
     "prelu": nn.PReLU,
+    "rprelu": rprelu,
     "hardtanh": lambda channels: nn.Hardtanh(),
 }
 

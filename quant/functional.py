@@ -186,28 +186,32 @@ class _ScaledSign(torch.autograd.Function):
     Both alpha and s depend on W, and alpha depends on every weight of the filter (arXiv 1603.05279, sec. 3.1):
 
         dW~_j/dW_i = s_j s_i / n + alpha m_i [i = j]     =>     dC/dW_i = (s_i / n) sum_j G_j s_j + alpha m_i G_i
+
+    The window m may have another bound than 1.
     """
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, form: WeightGradient) -> Tensor:
-        ctx.save_for_backward(w)
+    def forward(ctx: Any, w: Tensor, form: WeightGradient, bound: Tensor | None) -> Tensor:
+        ctx.save_for_backward(w, bound)
         ctx.form = form
         return sign(w) * filter_mean(w.abs())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (w,) = ctx.saved_tensors
-        return scaled_sign_gradient(w, sign(w), filter_mean(w.abs()), g, ctx.form), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        w, bound = ctx.saved_tensors
+        return scaled_sign_gradient(w, sign(w), filter_mean(w.abs()), g, ctx.form, bound), None, None
 
 
-def scaled_sign_gradient(w: Tensor, s: Tensor, alpha: Tensor, g: Tensor, form: WeightGradient) -> Tensor:
+def scaled_sign_gradient(
+    w: Tensor, s: Tensor, alpha: Tensor, g: Tensor, form: WeightGradient, bound: Tensor | None = None
+) -> Tensor:
     """dC/dW from g = dC/dW~, in one of the forms of `scaled_sign`; s = sign(w) is used up.
 
     In place where it can be, and without flags: on a CPU, torch multiplies floats by bools forty times as slowly as by floats.
     """
     n, c = w[0].numel(), w.shape[1]
-    through_sign = w.abs().le_(1).mul_(alpha).mul_(g)
+    through_sign = w.abs().le_(1 if bound is None else bound).mul_(alpha).mul_(g)
     if form == "ste":
         return through_sign
     if form == "paper":
@@ -226,7 +230,7 @@ def binop_factor(n: int, c: int) -> float:
     return n * (c - 1) / c if c > 1 else float(n)
 
 
-def scaled_sign(w: Tensor, form: WeightGradient = "exact") -> Tensor:
+def scaled_sign(w: Tensor, form: WeightGradient = "exact", bound: Tensor | None = None) -> Tensor:
     """alpha(W) sign(W), the nearest binary filter to W, one alpha a filter (XNOR-Net, arXiv 1603.05279, eq. 4 and 6).
 
     `form` chooses the gradient, with s, n, alpha, m, G as in `_ScaledSign`:
@@ -236,6 +240,8 @@ def scaled_sign(w: Tensor, form: WeightGradient = "exact") -> Tensor:
         paper   G (1/n + alpha m)                  as printed, which drops the terms j != i: right only for n = 1
         ste     alpha m G                          alpha held constant
 
+    `bound`: of the window, m = 1_{|W| <= bound}; None for 1.
+
     w (O, C, ...) -> the same shape.
 
     >>> w = torch.tensor([[0.5, -0.25], [0.0, 2.0]], requires_grad=True)
@@ -244,5 +250,5 @@ def scaled_sign(w: Tensor, form: WeightGradient = "exact") -> Tensor:
     >>> y.backward(torch.tensor([[1.0, 0.0], [1.0, 1.0]])); w.grad.tolist()
     [[0.875, -0.5], [2.0, 1.0]]
     """
-    y: Tensor = _ScaledSign.apply(w, form)
+    y: Tensor = _ScaledSign.apply(w, form, bound)
     return y

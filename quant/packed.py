@@ -57,17 +57,19 @@ def _obstacle_of_format(x: Tensor, w: Tensor) -> str | None:
     return None
 
 
-def product_of_signs(x: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, form: WeightGradient) -> Tensor:
+def product_of_signs(
+    x: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, form: WeightGradient, bound: Tensor | None = None
+) -> Tensor:
     """x (B, C, H, W) and w (O, C, h, w) -> (B, O, H', W'); or x (..., C) and w (O, C) -> (..., O). Clipped identity as `ste`.
 
-    `w` is the latent weight; `form` is that of `scaled_sign`.
+    `w` is the latent weight; `form` and `bound` are those of `scaled_sign`.
 
     >>> x = torch.tensor([[-2.0, 0.5, 0.0]], requires_grad=True)
     >>> y = product_of_signs(x, torch.tensor([[0.5, -1.0, 1.5]]), None, matmul.Linear(), "exact")
     >>> y.backward(); (y.tolist(), x.grad.tolist())  # (-1 - 1 + 1) alpha, alpha = 1
     ([[-1.0]], [[0.0, -1.0, 1.0]])
     """
-    y: Tensor = _ProductOfSigns.apply(x, w, bias, shape, form)
+    y: Tensor = _ProductOfSigns.apply(x, w, bias, shape, form, bound)
     return y
 
 
@@ -90,7 +92,15 @@ class _Bits:
 
 class _ProductOfSigns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, shape: Shape, form: WeightGradient) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        shape: Shape,
+        form: WeightGradient,
+        bound: Tensor | None,
+    ) -> Tensor:
         need_x, need_w = ctx.needs_input_grad[:2]
         image, inside = _as_image(x, shape), None
         if need_x:
@@ -98,7 +108,7 @@ class _ProductOfSigns(torch.autograd.Function):
         else:
             signs = kernels.pack_activations(image)
         alpha = filter_mean(w.abs())
-        ctx.save_for_backward(w, alpha, signs if need_w else None, inside)
+        ctx.save_for_backward(w, alpha, signs if need_w else None, inside, bound)
         ctx.shape, ctx.form, ctx.size = shape, form, x.shape
         conv = shape if isinstance(shape, matmul.Conv) else matmul.Conv()
         weight = kernels.pack_weight(w, _pair(conv.padding))
@@ -108,7 +118,7 @@ class _ProductOfSigns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        w, alpha, signs, inside = ctx.saved_tensors
+        w, alpha, signs, inside, bound = ctx.saved_tensors
         shape, size = ctx.shape, ctx.size
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         bits = _Bits(signs, size, shape) if need_w else None
@@ -116,9 +126,9 @@ class _ProductOfSigns(torch.autograd.Function):
         if dx is not None:
             dx = _from_image(kernels.masked(_as_image(dx, shape), inside), size, shape)
         if dw is not None:
-            dw = scaled_sign_gradient(w, sign(w), alpha, dw, ctx.form)
+            dw = scaled_sign_gradient(w, sign(w), alpha, dw, ctx.form, bound)
         db = matmul.bias_gradient(g, shape) if need_b else None
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 def _as_image(x: Tensor, shape: Shape) -> Tensor:

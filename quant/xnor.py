@@ -6,20 +6,21 @@
 
 A layer is self-contained: it carries the batch normalisation before its sign (the paper's block order B-A-C-P), so that
 any network can be rewritten. The gradients are in `quant.functional`: `scaled_sign` for weights, `ste_sign` for activations;
-quant/README.md derives them.
+quant/README.md derives them. What later binary networks do to the latent weights before the sign is in `quant.latent`.
 """
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant import kernels, matmul, packed
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.functional import SignBits, scaled_sign, sign, ste_sign
+from quant.latent import standardised, window
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.sign_gradients import gradients
 
@@ -99,17 +100,25 @@ class _Binary(QuantizedLayer, Matrix):
     settings: "Xnor"
     norm: nn.BatchNorm1d | nn.BatchNorm2d | None
     sharpness: Tensor | None
+    tau: Tensor | None
     geometry: Any  # matmul.Conv or matmul.Linear
     obstacle: str | None  # to computing on packed bits
 
     def prepare(self) -> None:
         settings = self.settings
-        self.precision = Precision(weight=1, act=1 if settings.binary_activations else FLOAT)
+        if not (settings.binary_weights or settings.binary_activations):
+            raise ValueError(
+                "nothing is left to make binary; accepted: binary_weights or binary_activations true, or both"
+            )
+        self.precision = Precision(
+            weight=1 if settings.binary_weights else FLOAT, act=1 if settings.binary_activations else FLOAT
+        )
         place: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         with_norm = settings.binary_activations and settings.input_norm == "batch"
         self.norm = self._batch_norm(eps=BATCH_NORM_EPS, **place) if with_norm else None
         curved = settings.binary_activations and settings.ste in SCHEDULED_STE
         self.register_buffer("sharpness", torch.tensor(settings.sharpness, **place) if curved else None, False)
+        self.register_buffer("tau", None if settings.tau is None else torch.tensor(settings.tau, **place), False)
         self._decide_kernel()
 
     def _decide_kernel(self) -> None:
@@ -117,6 +126,8 @@ class _Binary(QuantizedLayer, Matrix):
         settings = self.settings
         if not settings.binary_activations:
             self.obstacle = "activations are float"
+        elif not settings.binary_weights:
+            self.obstacle = "weights are float"
         elif settings.kernel == "float":
             self.obstacle = "as set"
         else:
@@ -130,13 +141,13 @@ class _Binary(QuantizedLayer, Matrix):
 
     def backward_in_bf16_(self) -> bool:
         """Products of two signs lose nothing: only the gradient that they are multiplied by is rounded."""
-        if self.settings.binary_activations:
+        if self.settings.both:
             self.geometry = replace(self.geometry, bf16=True)
-        return self.settings.binary_activations
+        return self.settings.both
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.settings.binary_activations:
-            return self.product(x, scaled_sign(self._latent_weight(), self.settings.gradient), self.bias)
+            return self.product(x, self._filters(self._latent_weight()), self.bias)
         x = self._normalised(x)
         if not self.settings.input_scale:
             return self._product_of_signs(x, self.bias)
@@ -148,11 +159,21 @@ class _Binary(QuantizedLayer, Matrix):
         w, settings = self._latent_weight(), self.settings
         obstacle = self.obstacle or packed.obstacle_of_input(x, w, bias)
         if obstacle is None:
-            return packed.product_of_signs(x, w, bias, self.geometry, settings.gradient)
+            return packed.product_of_signs(x, w, bias, self.geometry, settings.gradient, self._window(w))
         if settings.kernel == "packed":
             raise ValueError(f"kernel=packed is impossible for this input ({obstacle}); accepted: auto, float")
         signs = ste_sign(x, settings.ste, self.sharpness)
-        return self.product(signs, scaled_sign(w, settings.gradient), bias, SignBits.of(signs))
+        return self.product(signs, self._filters(w), bias, SignBits.of(signs))
+
+    def _filters(self, latent: Tensor) -> Tensor:
+        """What the input is multiplied by: alpha sign(V), or V as long as weights are float."""
+        if not self.settings.binary_weights:
+            return latent
+        return scaled_sign(latent, self.settings.gradient, self._window(latent))
+
+    def _window(self, latent: Tensor) -> Tensor | None:
+        """The bound within which a weight's sign passes its gradient on; None for 1."""
+        return None if self.tau is None else window(latent, self.tau)
 
     def _batch_norm(self, **settings: Any) -> nn.BatchNorm1d | nn.BatchNorm2d:
         raise NotImplementedError
@@ -169,9 +190,12 @@ class _Binary(QuantizedLayer, Matrix):
 
     def _latent_weight(self) -> Tensor:
         """The weight whose sign is taken. Where it is centred in the graph its gradient is g - mean_c g."""
+        w = self.weight
         if self.settings.centre == "graph" and self._may_centre:
-            return self.weight - self.weight.mean(1, keepdim=True)
-        return self.weight
+            w = w - w.mean(1, keepdim=True)
+        if self.settings.standardise and w[0].numel() > 1:  # a filter of one weight would be left with nothing
+            w = standardised(w)
+        return w
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -182,8 +206,8 @@ class _Binary(QuantizedLayer, Matrix):
             self.weight.clamp_(-1, 1)
 
     @torch.no_grad()
-    def weight_codes(self) -> Tensor:
-        return sign(self._latent_weight()).to(torch.int8)
+    def weight_codes(self) -> Tensor | None:
+        return sign(self._latent_weight()).to(torch.int8) if self.settings.binary_weights else None
 
     @torch.no_grad()
     def health(self, x: Tensor) -> dict[str, float]:
@@ -202,7 +226,7 @@ class BinaryConv2d(_Binary, Conv2d):
 
     def prepare(self) -> None:
         super().prepare()
-        if self.settings.binary_activations:
+        if self.settings.both:
             self.geometry = SignConv.of(self)
 
     def _batch_norm(self, **settings: Any) -> nn.BatchNorm2d:
@@ -220,7 +244,7 @@ class BinaryLinear(_Binary, Linear):
 
     def prepare(self) -> None:
         super().prepare()
-        if self.settings.binary_activations:
+        if self.settings.both:
             self.geometry = SignLinear()
 
     def _batch_norm(self, **settings: Any) -> nn.BatchNorm1d:
@@ -247,13 +271,21 @@ class Xnor(Quantizer):
     gradient: Literal["exact", "binop", "paper", "ste"] = "exact"
     centre: Literal["none", "project", "graph"] = "project"
     clamp: bool = True
+    standardise: bool = False
+    tau: Annotated[float, Ge(0.5), Lt(1)] | None = None
+    binary_weights: bool = True
     binary_activations: bool = True
     ste: Literal["clip", "bireal", "ede", "reste", "identity"] = "clip"
     sharpness: Annotated[float, Gt(0)] = 1.0
     input_norm: Literal["batch", "none"] = "batch"
     input_scale: bool = False
     kernel: Literal["auto", "packed", "float"] = "auto"
-    scheduled = ("sharpness",)
+    scheduled = ("sharpness", "tau")
+
+    @property
+    def both(self) -> bool:
+        """Whether a product is one of two signs."""
+        return self.binary_weights and self.binary_activations
 
     def layer(self, module: nn.Module) -> nn.Module:
         return rewrite(module, self, BinaryConv2d, BinaryLinear)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError, create_model
@@ -250,6 +251,10 @@ IRRELEVANT = {
     "dataset": {"cache", "workers", "memory"},
     "dataset.arguments": {"root", "download"},
 }
+AS_BEFORE: dict[str, dict[str, Any]] = {  # what every run did before there was a key to say so
+    "trainer": {"backward": "exact"},
+    "quant.arguments": {"standardise": False, "tau": None, "binary_weights": True},
+}
 
 
 def config_hash(config: RunConfig) -> str:
@@ -257,17 +262,21 @@ def config_hash(config: RunConfig) -> str:
     raw = config.model_dump(by_alias=True, exclude_none=True)
     if config.trainer.on_nan == "stop":
         del raw["trainer"]["on_nan"]  # the numbers of a run that came to its end do not depend on it
-    if config.trainer.backward == "exact":
-        del raw["trainer"]["backward"]  # as it was before there was another
+    for path, before in AS_BEFORE.items():
+        place = _at(raw, path)
+        for key in [key for key in before if key in place and place[key] == before[key]]:
+            del place[key]
     if config.dataset.name == "folder":
         raw["dataset"]["which"] = config.dataset.arguments.get("root")  # its place is all that tells it from another
     for path, keys in IRRELEVANT.items():
-        place = raw
-        for part in path.split(".") if path else []:
-            place = place[part]
+        place = _at(raw, path)
         for key in keys:
             place.pop(key, None)
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _at(raw: dict[str, Any], path: str) -> dict[str, Any]:
+    return reduce(lambda place, part: place[part], path.split(".") if path else [], raw)
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from runner.catalog import Component
 from runner.dataset_files import train_samples
 from runner.faults import Fault, nearest
-from runner.schema import COMMON, OPTIMIZERS, DataPhase, DatasetConfig, Phase, Schedule
+from runner.schema import COMMON, OPTIMIZERS, DataPhase, DatasetConfig, Phase, Schedule, Value
 
 NEED_AN_END = {"linear", "warmup", "cosine", "exponential"}
 
@@ -118,11 +120,26 @@ def _schedule_faults(path: str, own: Mapping[str, Any]) -> Iterable[Fault]:
 def _driven_faults(phases: Sequence[Phase], quantizer: Component) -> Iterable[Fault]:
     """Values that phases schedule for the quantizer, but that it does not take."""
     accepted = quantizer.scheduled
+    takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
     for index, phase in enumerate(phases):
-        for key in (phase.quant or {}).keys() - set(accepted):
-            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
-            message = f"{quantizer.name} schedules no {key!r}.{nearest(key, accepted)} Of values over time {takes}"
-            yield Fault(f"regime.phases.{index}.quant.{key}", message)
+        for key, value in sorted((phase.quant or {}).items()):
+            path = f"regime.phases.{index}.quant.{key}"
+            if key not in accepted:
+                message = f"{quantizer.name} schedules no {key!r}.{nearest(key, accepted)} Of values over time {takes}"
+                yield Fault(path, message)
+            elif key in quantizer.arguments:
+                yield from _range_faults(path, value, quantizer.arguments[key].type)
+
+
+def _range_faults(path: str, value: Value, kind: Any) -> Iterable[Fault]:
+    """Where a schedule begins or ends beyond what the quantizer's key itself may be."""
+    ends = [value.start, value.end] if isinstance(value, Schedule) else [value]
+    for end in (end for end in ends if end is not None):
+        try:
+            TypeAdapter(kind).validate_python(end)
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"]
+            yield Fault(path, f"{reason.replace('Input', 'value', 1)}, not {end}")
 
 
 def _batch_faults(phases: Sequence[DataPhase], dataset: DatasetConfig) -> Iterable[Fault]:

@@ -187,6 +187,23 @@ def test_what_keys_must_be_to_one_another() -> None:
     check(changed(dataset__mean=[0.5]))
 
 
+def test_a_phase_drives_a_quantizer_within_the_range_of_its_key() -> None:
+    phase = {"epoch": 0, "optimizer": "SGD", "lr": 0.1}
+    for value, wrong in (
+        ({"schedule": "exponential", "from": 0.85, "to": 1.0}, "less than 1, not 1.0"),
+        (0.3, "greater than or equal to 0.5, not 0.3"),
+    ):
+        said = faults(changed(quant__tau=0.85, regime__phases=[phase | {"quant": {"tau": value}}]))
+        assert wrong in said["regime.phases.0.quant.tau"]
+    ramp = {"schedule": "exponential", "from": 0.85, "to": 0.99}
+    check(
+        changed(
+            quant__tau=0.85,
+            regime__phases=[phase | {"quant": {"tau": ramp, "sharpness": {"schedule": "constant", "from": 2}}}],
+        )
+    )
+
+
 def test_a_missing_data_set_says_where_it_was_looked_for(tmp_path: Path) -> None:
     for name in ("mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet", "folder"):
         raw = compose_words([f"dataset={name}", f"dataset.root={tmp_path}/none"]).raw
@@ -229,7 +246,7 @@ MATTERS = {
     "quant__gradient": "ste", "quant__rules__0__keep": False, "quant__rules__0__match": "last", "dataset__val_fraction": 0.3,
     "dataset__split_seed": 1, "dataset__augment__flip": True, "dataset__limit": 500, "dataset__drop_last": True,
     "dataset__test_fraction": 0.3, "regime__phases__0__weight_decay": 0.1, "data_regime__phases__0__batch_size": 16,
-    "data_regime__phases__0__input_size": 20,
+    "data_regime__phases__0__input_size": 20, "quant__standardise": True, "quant__tau": 0.9, "quant__binary_weights": False,
 }  # fmt: skip
 CHANGES_NOTHING = {
     "name": "x", "outputs": "elsewhere", "checkpoint": "x", "trainer__checkpoint_every": 5, "trainer__progress": "none",
@@ -245,6 +262,13 @@ def test_the_hash_depends_on_what_can_change_a_number() -> None:
 @pytest.mark.parametrize(("key", "value"), CHANGES_NOTHING.items())
 def test_the_hash_does_not_depend_on_how_a_run_is_executed(key: str, value: Any) -> None:
     assert config_hash(check(changed(**{key: value}))) == config_hash(check(BASE))
+
+
+def test_a_run_is_found_again_by_a_version_that_knows_more_keys() -> None:
+    older = copy.deepcopy(BASE)
+    for key in ("standardise", "tau", "binary_weights"):
+        del older["quant"][key]
+    assert config_hash(check(older)) == config_hash(check(BASE)) == "822d549a"
 
 
 def test_two_ways_to_say_a_thing_have_one_hash() -> None:

@@ -36,6 +36,7 @@ KEPT = [
 ]
 QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("none", {}), ("xnor", {}), ("xnor", {"input_scale": True}), ("xnor", {"binary_activations": False}),
+    ("xnor", {"standardise": True, "tau": 0.9}), ("xnor", {"binary_weights": False}),
     ("xnor", {"input_norm": "none"}), ("xnor", {"centre": "graph"}),
     ("lsq", {"preset": "v1"}), ("lsq", {"preset": "plus"}), ("lsq", {"preset": "plain", "weight_bits": 3}),
     ("lsq", {"weight_steps": "channel", "weight_bits": 8}), ("8bit-rangebn", {}), ("8bit-rangebn", {"zero_exact": False}),
@@ -88,6 +89,7 @@ def test_a_packed_file_computes_what_was_trained(quant: str, settings: dict[str,
     [
         ("resnet", 16, {}),
         ("resnet", 16, {"block": "bireal", "activation": "prelu", "shortcut": "pool"}),
+        ("resnet", 16, {"block": "bireal", "activation": "rprelu"}),
         ("resnet", 16, {"depth": 18, "activation": "hardtanh", "shortcut": "conv"}),
         ("nin", 16, {"batch_norm": True}),
         ("vgg_small", 16, {"activation": "hardtanh"}),

@@ -21,7 +21,8 @@ from runner.export.onnx import onnx_bytes, session  # noqa: E402  (only where bo
 KEPT = [Rule(match=["first", "last"], keep=True), Rule(match=["*shortcut*"], keep=True, optional=True)]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("lenet5", "none", {}), ("lenet5", "xnor", {}), ("lenet5", "xnor", {"input_scale": True}),
-    ("lenet5", "xnor", {"binary_activations": False}), ("lenet5", "lsq", {}), ("lenet5", "lsq", {"preset": "plus"}),
+    ("lenet5", "xnor", {"binary_activations": False}), ("lenet5", "xnor", {"binary_weights": False}),
+    ("lenet5", "lsq", {}), ("lenet5", "lsq", {"preset": "plus"}),
     ("lenet5", "lsq", {"preset": "plain", "weight_bits": 3}), ("lenet5", "lsq", {"weight_steps": "channel"}),
     ("lenet5", "8bit-rangebn", {}), ("lenet5", "8bit-rangebn", {"zero_exact": False}), ("lenet5", "dorefa", {}),
     ("lenet5", "ternary", {}), ("resnet", "xnor", {}), ("resnet", "lsq", {}), ("nin", "xnor", {}),

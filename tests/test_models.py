@@ -27,6 +27,7 @@ VARIANTS = [
     ("resnet", {"depth": 50, "shortcut": "pool", "activation": "prelu", "stem": "imagenet"}),
     ("resnet", {"depth": 50, "shortcut": "pad"}),
     ("resnet18", {"block": "bireal", "activation": "prelu"}),
+    ("resnet", {"depth": 20, "block": "bireal", "activation": "rprelu", "shortcut": "pool"}),
     ("vgg6", {"batch_norm": True}),
     ("vgg_small", {"activation": "hardtanh"}),
 ]
@@ -265,7 +266,7 @@ def test_torchvision_trains_on_one_channel() -> None:
         ("resnet18", {"block": "bi-real"}, "did you mean 'bireal'"),
         ("resnet18", {"stem": "small"}, "Accepted: auto, cifar, imagenet"),
         ("resnet18", {"shortcut": "convolution"}, "Accepted: auto, conv, pad, pool"),
-        ("resnet18", {"activation": "gelu"}, "Accepted: relu, prelu, hardtanh"),
+        ("resnet18", {"activation": "gelu"}, "Accepted: relu, prelu, rprelu, hardtanh"),
         ("vgg_small", {"activation": "gelu"}, "Accepted: relu, hardtanh"),
         ("torchvision", {"arch": "mobilenetv2"}, "did you mean 'mobilenet_v2'.*Accepted: alexnet"),
         ("torchvision", {"arch": "fasterrcnn_resnet50_fpn"}, "is unknown"),

@@ -67,11 +67,11 @@ def scaled(backward: Callable[..., Any], place: int, factor: float) -> Any:
     return staticmethod(broken)
 
 
-def flipped_sign(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+def flipped_sign(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
     """The scaled sign's gradient with the second term's sign turned round."""
-    (w,) = ctx.saved_tensors
+    w, _ = ctx.saved_tensors
     s, alpha = quant.functional.sign(w), quant.functional.filter_mean(w.abs())
-    return alpha * (w.abs() <= 1) * g - s * quant.functional.filter_mean(g * s), None
+    return alpha * (w.abs() <= 1) * g - s * quant.functional.filter_mean(g * s), None, None
 
 
 def doubled(x: Tensor, value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Binary layers against plain autograd of their defining formula, naive loops, and the paper's claims about them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from test_functional import golden, weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant.latent import standardised, window
 from quant.xnor import BinaryConv2d, BinaryLinear, Xnor, window_mean
 
 CONVS: list[dict[str, Any]] = [
@@ -210,6 +212,92 @@ def test_a_layer_with_one_channel_a_group_is_not_centred(centre: str) -> None:
     assert set(layer.weight_codes().unique().tolist()) == {-1, 1}
 
 
+# ---- latent weights
+
+
+LATENT: list[dict[str, Any]] = [
+    {"standardise": True},
+    {"tau": 0.85},
+    {"standardise": True, "tau": 0.99, "gradient": "ste"},
+]
+
+
+def test_standardised_filters_have_mean_0_and_deviation_1_and_keep_no_gradient_along_either() -> None:
+    w = (weight((4, 3, 3, 3)) * 0.02 + 0.3).requires_grad_()
+    v = standardised(w)
+    assert torch.allclose(v.flatten(1).mean(1), torch.zeros(4, dtype=v.dtype), atol=1e-9)
+    assert torch.allclose(v.flatten(1).std(1, correction=0), torch.ones(4, dtype=v.dtype), atol=1e-6)
+    v.backward(weight((4, 3, 3, 3), seed=1))
+    assert w.grad is not None
+    assert w.grad.flatten(1).sum(1).abs().max() < 1e-10
+    assert (w.grad * v).flatten(1).sum(1).abs().max() < 1e-4 * w.grad.norm()
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.85, 0.99])
+def test_the_window_is_the_quantile_of_the_law_of_laplace(tau: float) -> None:
+    law = torch.distributions.Laplace(0.0, 2.0)
+    torch.manual_seed(0)
+    v = law.sample((200_000,))
+    bound = window(v, torch.tensor(tau))
+    assert (v <= bound).float().mean().item() == pytest.approx(tau, abs=5e-3)
+
+
+def test_the_window_moves_the_gradient_and_no_value() -> None:
+    x, g = weight((2, 6, 7, 7)), weight((2, 12, 5, 5), seed=1)
+    layers = [BinaryConv2d(conv(kernel_size=3), Xnor(standardise=True, tau=tau, gradient="ste")) for tau in (0.6, 0.99)]
+    outputs = [layer(x) for layer in layers]
+    assert torch.equal(*outputs)
+    for y in outputs:
+        y.backward(g)
+    narrow, wide = (layer.weight.grad for layer in layers)
+    assert narrow.norm() < wide.norm()
+    layers[0].tau.fill_(0.99)
+    layers[0].weight.grad = None
+    layers[0](x).backward(g)
+    assert torch.equal(layers[0].weight.grad, wide)
+    assert "tau" not in layers[0].state_dict()
+
+
+@pytest.mark.parametrize("settings", LATENT)
+@pytest.mark.parametrize("old", [nn.Conv2d(32, 8, 3, padding=1), nn.Linear(64, 8)])
+def test_packed_and_float_kernels_agree_to_the_bit_for_latent_weights(settings: dict[str, Any], old: nn.Module) -> None:
+    x = torch.randn(4, 32, 6, 6) if isinstance(old, nn.Conv2d) else torch.randn(16, 64)
+    results = []
+    for kernel in ("packed", "float"):
+        layer: Any = Xnor(**settings, kernel=kernel).layer(copy.deepcopy(old))
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        results.append((y, leaf.grad, layer.weight.grad))
+    for packed, floats in zip(*results, strict=True):
+        assert torch.equal(packed, floats)
+
+
+def test_activations_only_is_a_float_layer_behind_signs() -> None:
+    layer = BinaryConv2d(conv(kernel_size=3, padding=1), Xnor(binary_weights=False, input_norm="none"))
+    x = weight((2, 6, 5, 5))
+    assert torch.allclose(
+        layer(x), F.conv2d(torch.where(x >= 0, 1.0, -1.0).double(), layer.weight, layer.bias, padding=1)
+    )
+    assert (layer.precision.weight, layer.precision.act) == (32, 1)
+    assert layer.weight_codes() is None
+    assert not layer.backward_in_bf16_()
+    assert "weights are float" in layer.remark
+
+
+def test_the_second_stage_takes_every_tensor_of_the_first() -> None:
+    first, second = (BinaryConv2d(conv(kernel_size=3), Xnor(standardise=True, binary_weights=b)) for b in (False, True))
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert torch.equal(first._latent_weight(), second._latent_weight())
+
+
+def test_nothing_binary_is_refused() -> None:
+    with pytest.raises(ValueError, match="accepted: binary_weights or binary_activations"):
+        Xnor(binary_weights=False, binary_activations=False).layer(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="weights are float"):
+        Xnor(binary_weights=False, kernel="packed").layer(nn.Conv2d(3, 4, 3))
+
+
 # ---- what a layer is made of
 
 
@@ -274,7 +362,16 @@ def test_health_counts_what_the_window_cuts_off_and_leaves_no_trace() -> None:
     assert torch.equal(layer.norm.running_mean, before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"input_scale": True, "centre": "graph"}, {"ste": "reste"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"input_scale": True, "centre": "graph"},
+        {"ste": "reste"},
+        {"standardise": True, "tau": 0.9},
+        {"binary_weights": False},
+    ],
+)
 def test_compiles_to_one_graph(settings: dict[str, Any]) -> None:
     quantizer = Xnor(**settings)
     model = nn.Sequential(quantizer.layer(nn.Conv2d(4, 8, 3)), nn.Flatten(), quantizer.layer(nn.Linear(32, 2)))

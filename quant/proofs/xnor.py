@@ -1,5 +1,6 @@
 """Claims about quant/xnor.py and the gradients in quant/functional.py (XNOR-Net, arXiv 1603.05279)."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant.functional import WeightGradient, scaled_sign, ste_sign
+from quant.latent import standardised
 from quant.proofs import Claim, Named, Tensors, proves
 from quant.proofs.tools import (
     BY_DIFFERENCES,
@@ -38,6 +40,7 @@ def claims() -> Iterator[Claim]:
             what, "differences of the curve it stands for", ours, partial(_slopes, ste, t), tolerance=BY_DIFFERENCES
         )
     yield from _layers()
+    yield from _latent()
 
 
 # ---- weights: W~ = alpha sign(W)
@@ -47,9 +50,9 @@ def ours(form: WeightGradient, w: Tensor) -> Tensors:
     return gradients(lambda v: scaled_sign(v, form), w)
 
 
-def defined(w: Tensor, alpha_constant: bool = False) -> Tensor:
+def defined(w: Tensor, alpha_constant: bool = False, bound: float = 1.0) -> Tensor:
     alpha = w.abs().flatten(1).mean(1).view(-1, *[1] * (w.dim() - 1))
-    inside = w * (w.abs() <= 1)
+    inside = w * (w.abs() <= bound)
     return (alpha.detach() if alpha_constant else alpha) * passed_through(inside, plain_sign(w))
 
 
@@ -190,6 +193,52 @@ def _layers() -> Iterator[Claim]:
         _projected,
         lambda: [_without_mean(2 * WIDE).clamp(-1, 1)],
     )
+
+
+# ---- what is done to latent weights
+
+
+def _latent() -> Iterator[Claim]:
+    standard = partial(gradients, standardised, WIDE)
+    yield Claim("standardise", "autograd of (W - mean W) / sd W", standard, partial(gradients, _standard, WIDE))
+    yield Claim("standardise", "(G - mean G - V mean(G V)) / sd W", standard, _standard_gradient)
+    yield Claim("standardise", "differences", standard, partial(differences, _standard, WIDE), tolerance=BY_DIFFERENCES)
+    image, old = numbers(3, 4, 7, 7, seed=4), conv()
+    for tau in (None, 0.5, 0.85, 0.99):
+        settings = Xnor(binary_activations=False, standardise=True, tau=tau)
+        formula = partial(gradients, partial(_rectified, tau), image, *old.parameters())
+        ours = partial(layer_gradients, settings.layer(old), image)
+        what = "standardise" if tau is None else f"standardise, tau = {tau:g}"
+        yield Claim(f"conv, {what}", "autograd of x * alpha sign(V), window Q", ours, formula)
+    early = Xnor(binary_weights=False, input_norm="none").layer(conv())
+    floats = partial(
+        gradients, lambda x, w, b: F.conv2d(passed_through(x.clamp(-1, 1), plain_sign(x)), w, b, padding=1),
+        image, *conv().parameters(),
+    )  # fmt: skip
+    yield Claim("conv, activations only", "autograd of sign(x) * W", partial(layer_gradients, early, image), floats)
+
+
+def _mean(w: Tensor) -> Tensor:
+    return w.flatten(1).mean(1).view(-1, 1, 1, 1)
+
+
+def _deviation(w: Tensor) -> Tensor:
+    return (_mean((w - _mean(w)).square()) + 1e-10).sqrt()
+
+
+def _standard(w: Tensor) -> Tensor:
+    return (w - _mean(w)) / _deviation(w)
+
+
+def _standard_gradient() -> Tensors:
+    g, v = numbers(*WIDE.shape, seed=9), _standard(WIDE)
+    return [v, (g - _mean(g) - v * _mean(g * v)) / _deviation(WIDE)]
+
+
+def _rectified(tau: float | None, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    v = _standard(w)
+    bound = 1.0 if tau is None else -v.detach().abs().mean().item() * math.log(2 - 2 * tau)
+    return F.conv2d(x, defined(v, bound=bound), b, padding=1)
 
 
 def _layer(old: Any, scaled: bool, layer: nn.Module, x: Tensor) -> Tensors:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.resnet_blocks import PadShortcut
+from models.resnet_blocks import PadShortcut, Shift
 from quant import matmul
 from quant.actgrad import CodedBatchNorm, CodedConv2d, CodedLinear, PlacedMaxPool2d
 from quant.classifier import FixedConv2d, FixedLinear
@@ -198,15 +198,14 @@ def _range_codes(emit: Emit, measured: RunningRange, x: int) -> int:
 
 
 def _binary(emit: Emit, layer: BinaryConv2d | BinaryLinear, x: int) -> int:
-    latent = layer._latent_weight()
-    alpha, bias = filter_mean(latent.abs()).flatten(), layer.bias
+    latent, bias = layer._latent_weight(), layer.bias
     if not layer.settings.binary_activations:
-        return _coded_product(emit, layer, x, latent < 0, 1, {"step": alpha})
+        return _coded_product(emit, layer, x, latent < 0, 1, {"step": filter_mean(latent.abs()).flatten()})
     if layer.norm is not None:
         x = _batch_norm(emit, layer.norm, x, part="norm")
     if not layer.settings.input_scale:
-        return _sign_product(emit, layer, x, latent < 0, alpha, bias)
-    y = _sign_product(emit, layer, x, latent < 0, alpha, None)
+        return _sign_product(emit, layer, x, latent, bias)
+    y = _sign_product(emit, layer, x, latent, None)
     window = {key: value for key, value in _geometry(layer).items() if key != "dilation"}
     if isinstance(layer, nn.Conv2d):
         window["kernel"] = _pair(layer.kernel_size)
@@ -217,9 +216,12 @@ def _binary(emit: Emit, layer: BinaryConv2d | BinaryLinear, x: int) -> int:
     return y if bias is None else emit("affine", [y], None, {"shift": bias}, "moved")
 
 
-def _sign_product(emit: Emit, layer: Any, x: int, negative: Tensor, alpha: Tensor, bias: Tensor | None) -> int:
-    """On packed bits; a convolution with groups or dilation, which the packed kernels do not have, in floats."""
-    attrs, planes = coded(negative, 1)
+def _sign_product(emit: Emit, layer: Any, x: int, latent: Tensor, bias: Tensor | None) -> int:
+    """On packed bits; a convolution with groups or dilation, which the packed kernels do not have, in floats; and as long as
+    weights are float."""
+    if not layer.settings.binary_weights:
+        return _product(emit, layer, emit("sign", [x], part="sign"), {}, {"weight": latent, "bias": bias})
+    alpha, (attrs, planes) = filter_mean(latent.abs()).flatten(), coded(latent < 0, 1)
     geometry = _geometry(layer)
     if geometry.keys() & {"groups", "dilation"}:
         signs = emit("sign", [x], part="sign")
@@ -302,6 +304,7 @@ LAYERS: dict[type[nn.Module], Callable[[Emit, Any, int], int]] = {
     nn.AdaptiveAvgPool2d: _adaptive_pool,
     nn.Flatten: _flatten,
     PadShortcut: _pad_shortcut,
+    Shift: lambda emit, layer, x: emit("affine", [x], None, {"shift": layer.bias}),
     **dict.fromkeys((FixedLinear, FixedConv2d), _fixed),
     **dict.fromkeys((BinaryConv2d, BinaryLinear), _binary),
     **dict.fromkeys((LsqConv2d, LsqLinear), _learned),

@@ -12,9 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from models.resnet_blocks import PadShortcut
 from quant.base import QuantizedLayer
-from quant.classifier import FixedConv2d, FixedLinear
 from quant.inference.graph import Node
 from runner.export.layers import LAYERS, Attrs, Emit, NotPlain, Tensors
 from runner.faults import BadData
@@ -24,7 +22,7 @@ class _Tracer(fx.Tracer):
     """Layers that have a meaning of their own are not looked into."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, QuantizedLayer | FixedLinear | FixedConv2d | PadShortcut)
+        known = isinstance(m, QuantizedLayer) or type(m) in LAYERS
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
