@@ -252,16 +252,3 @@ def expand(words: Sequence[str]) -> list[list[str]]:
         for o in overrides
     ]
     return [[str(word) for word in job] for job in product(*axes)]
-
-
-def defaults_of(config: RunConfig) -> dict[str, Any]:
-    """What the files say for the model, quantizer and data set of a config: whatever differs, somebody has changed."""
-    choices = choices_of()
-    words = [
-        f"{group}={name}"
-        for group in ("model", "quant", "dataset")
-        if (name := getattr(config, group).name) in choices[group]
-    ]
-    raw = compose_words(words).raw
-    raw["trainer"]["epochs"] = raw["regime"]["epochs"]
-    return raw

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quant.saved import saved_bytes_per_sample
 from runner.columns import LAYERS
-from runner.compose import defaults_of
 from runner.config import config_hash, flat
 from runner.cost import Cost, cost_of
 from runner.distributed import RankLost, World, device_of, join
@@ -102,7 +101,7 @@ def _draw(path: Path, config: RunConfig, screen: Screen) -> None:
     from runner.pages.dashboard import write_dashboard
 
     try:
-        write_dashboard(path, defaults_of(config))
+        write_dashboard(path)
     except StorageError as error:
         screen.say(f"no dashboard: {error}")
 

@@ -17,7 +17,7 @@ from runner.faults import StorageError
 from runner.pages.curves import short_labels
 from runner.pages.dashboard import write_dashboard, write_timeline
 from runner.pages.page import amount, duration, embedded_json, size, write_page
-from runner.pages.settings import flatten
+from runner.pages.settings import flatten, usual_settings
 
 HOSTILE = (
     '</script><img src=//x.example/i onerror="window.hit=1"><script>window.hit=1</script>\'"&{{7*7}}$$x^2$$\u2028=1'
@@ -25,7 +25,7 @@ HOSTILE = (
 LARGEST = 3_000_000
 OUR_TAGS = set(
     "html head meta title link style body header main footer h1 h2 h3 p span strong ul li dl div dt dd fieldset legend "
-    "label input button figure figcaption svg path circle rect details summary table caption thead tbody tr th td "
+    "label input button figure figcaption b svg path circle rect details summary table caption thead tbody tr th td "
     "select option section pre code noscript script".split()
 )
 
@@ -142,9 +142,18 @@ def test_config_keys_that_differ_from_the_defaults_come_first(tmp_path: Path) ->
     assert "0 of 19 keys differ" in Page(write_dashboard(folder, defaults=config)).text
     config["trainer"]["epochs"] = 100
     del config["seed"]
-    (folder / "defaults.json").write_text(json.dumps(config))
-    text = Page(write_dashboard(folder)).text
+    text = Page(write_dashboard(folder, defaults=config)).text
     assert "2 of 19 keys differ from the defaults key value default trainer.epochs 2 100 seed 0 —" in text
+
+
+def test_a_page_finds_out_by_itself_what_the_defaults_are(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=2, layers=LENET, drops=())
+    config = flatten(usual_settings({"model.name": "lenet5", "quant.name": "xnor", "dataset.name": "digits"}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 7}, sort_keys=False))
+    assert (
+        f"1 of {len(config)} keys differ from the defaults key value default seed 7 0"
+        in Page(write_dashboard(folder)).text
+    )
 
 
 @pytest.mark.parametrize("missing", ["metrics.csv", "timing.csv", "layers.csv", "quant.csv", "config.yaml"])
@@ -219,12 +228,14 @@ def test_a_link_in_place_of_the_page_is_refused(tmp_path: Path) -> None:
 def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"epoch": epoch, "step": epoch * 100, "phase": int(epoch > 3), "optimizer": HOSTILE, "lr": 0.1 * 0.5**epoch,
-         "momentum": "", "weight_decay": 1e-4, "batch_size": 64, "input_size": 32}
+         "momentum": "", "weight_decay": 1e-4, "batch_size": 64 << (epoch > 5), "input_size": 32}
         for epoch in range(10)
     ]  # fmt: skip
     page = Page(write_timeline(rows, tmp_path / "timeline.html", HOSTILE))
-    assert [div["id"] for div in page.all("div") if div.get("class") == "plot"] == [
-        "plot-lr", "plot-weight_decay", "plot-batch_size", "plot-input_size"]  # fmt: skip
+    assert [div["id"] for div in page.all("div") if div.get("class") == "plot"] == ["plot-lr", "plot-batch_size"]
+    assert "The same throughout: weight decay 0.0001 , input size 32 px ." in page.text, (
+        "what never changes needs no chart"
+    )
     assert {tag for tag, _ in page.elements} <= OUR_TAGS
     assert HOSTILE in page.texts
     assert json.loads(page.scripts[0])["axes"]["epoch"]["end"] == [0, pytest.approx(10 * 1.03)], (
@@ -338,7 +349,7 @@ def test_the_float_run_beside_it_is_what_a_run_is_compared_with(tmp_path: Path) 
     for folder, seed, top1 in ((mine, 0, 98.5), (base, 0, 99.0), (other, 1, 10.0)):
         path = folder / "summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": seed, "test_top1": top1}))
-    assert "-0.50 points to float (99.00 %, none)" in Page(write_dashboard(mine)).text
+    assert "\N{MINUS SIGN}0.50 points to float (99.00 %, none)" in Page(write_dashboard(mine)).text
     assert "points to float" not in Page(write_dashboard(base)).text
     base.rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
     assert "points to float" not in Page(write_dashboard(mine)).text

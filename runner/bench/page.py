@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bokeh.core.json_encoder import serialize_json
+from bokeh.core.properties import value as literal
 from bokeh.document import Document
 from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Range1d
 from bokeh.models.annotations.geometry import Span
@@ -50,7 +51,7 @@ class Charts:
         """Horizontal bars from 0, the first one on top, a whisker from quartile to quartile, a line at what counts as even."""
         reach = max([bar.high or bar.value for bar in bars] + [line_at or 0.0])
         plot = figure(
-            x_range=Range1d(start=0, end=1.08 * reach), y_range=FactorRange(factors=[b.name for b in reversed(bars)]),
+            x_range=Range1d(start=0, end=1.1 * reach), y_range=FactorRange(factors=[b.name for b in reversed(bars)]),
             sizing_mode="stretch_both", toolbar_location=None, tools="", min_border_right=14,
             background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0,
         )  # fmt: skip
@@ -75,6 +76,7 @@ def _draw(plot: figure, bars: Sequence[Bar], role: str, *, filled: bool) -> None
             "value": [bar.value for bar in bars],
             "low": [bar.value if bar.low is None else bar.low for bar in bars],
             "high": [bar.value if bar.high is None else bar.high for bar in bars],
+            "label": [f"{bar.value:.3g}" for bar in bars],
         }
     )
     drawn = plot.hbar(
@@ -83,6 +85,11 @@ def _draw(plot: figure, bars: Sequence[Bar], role: str, *, filled: bool) -> None
     drawn.tags = [role]
     whiskers = plot.segment(x0="low", x1="high", y0="name", y1="name", source=source, line_width=2.5)
     whiskers.tags = ["single"]
+    label = plot.text(
+        "high", "name", "label", source=source, x_offset=6, text_baseline="middle", text_font_size="12px",
+        text_font=literal("system-ui, sans-serif"),
+    )  # fmt: skip
+    label.tags = ["quiet"]
     tips = [("", "@name"), ("median", "@value{0.000}"), ("quartiles", "@low{0.000} to @high{0.000}")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips[: 3 if filled else 2]))
 

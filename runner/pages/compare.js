@@ -46,6 +46,12 @@
     return `${Number((value / 1024 ** power).toPrecision(3))} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
   };
   const ofCost = (key, value) => /bytes|memory/.test(key) ? bytes(value) : plain(value);
+  // Bytes and counts choose their prefix in every cell.
+  function inTable(key) {
+    const {title, unit} = Page.page.costs[key];
+    const rest = unit.replace(/^([KM]iB|.*illions) ?/, "");
+    return rest ? `${title} (${rest})` : title;
+  }
   const spread = ({n, mean, sd}, all) => mean === null ? "—"
     : `${mean.toFixed(2)}${sd === null ? "" : ` ± ${sd.toFixed(2)}`}${n < all ? ` (${n} of ${all})` : ""}`;
 
@@ -157,6 +163,7 @@
 
   function draw() {
     drawCurves(find("metric").value, chosenAxis());
+    for (const axis of Page.models("LinearAxis")) if (axis.name === "reached") axis.axis_label = GOALS[find("goal").value];
     for (const model of Page.models("ColumnDataSource")) {
       if (model.name?.startsWith("points-")) drawCosts(model.name.slice(7), model, find("goal").value);
     }
@@ -212,6 +219,8 @@
     };
     const front = Comparison.paretoFront(points.filter((point) => opacity(style(point)) === 1));
     Page.named(`front-${key}`).data = {x: front.map((point) => point.x / scale), y: front.map((point) => point.y)};
+    const ticker = Page.named(`ticks-${key}`);
+    if (ticker) ticker.ticks = Comparison.roundValues(points.map((point) => point.x / scale), key === "weight_bits");
     const box = find(`plot-cost-${key}`);
     box.closest("figure").hidden = unique(points.map((point) => point.x)).length < 2;
     box.setAttribute("aria-label", `${GOALS[goal]} against ${title} for ${points.length} configurations. `
@@ -265,7 +274,7 @@
         cell: (group) => spread(group.reached[goal], group.runs.length)})),
       {heading: "epochs", numeric: true, key: (group) => group.epochs, cell: (group) => progress(group)
         ? `${group.epochs} of ${group.runs[0].planned ?? "?"}` : plain(group.epochs)},
-      ...costs.map((key) => ({heading: Page.page.costs[key].title.replace(/ \([KM]iB\)| \(.*illions\)/, "").replace("KiB ", ""), numeric: true, key: (group) => group.costs[key].mean,
+      ...costs.map((key) => ({heading: inTable(key), numeric: true, key: (group) => group.costs[key].mean,
         cell: (group) => ofCost(key, group.costs[key].mean)})),
     ], groups);
   }

@@ -52,7 +52,7 @@ def _changed(folder: Path) -> float:
 
 def costs_in_words() -> dict[str, dict[str, object]]:
     """What compare.js has to know of the costs."""
-    return {key: {"title": cost.title, "scale": cost.scale} for key, cost in COSTS.items()}
+    return {key: {"title": cost.title, "unit": cost.unit, "scale": cost.scale} for key, cost in COSTS.items()}
 
 
 def add_rows(sheet: Sheet, rows: Sequence[str]) -> ColumnDataSource:

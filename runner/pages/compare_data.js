@@ -111,5 +111,29 @@ const Comparison = (() => {
     return front;
   }
 
-  return {valueOf, differingKeys, grouped, withFigures, curveOf, paretoFront, inOrder, unique, known};
+  // Where a logarithmic axis has its ticks: powers of two for bits, else as round as a handful of them can be.
+  function roundValues(values, inBits) {
+    if (!values.length) return [];
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    const powers = (base, factors) => {
+      const [first, last] = [low, high].map((value) => Math.floor(Math.log(value) / Math.log(base)));
+      const exponents = Array.from({length: last - first + 2}, (_, index) => first + index);
+      return exponents.flatMap((exponent) => factors.map((factor) => factor * base ** exponent))
+        .filter((value) => value >= low / 1.3 && value <= high * 1.3);
+    };
+    if (inBits) return powers(2, [1]);
+    const choices = [powers(10, [1, 2, 5]), powers(10, [1, 3]), powers(10, [1])];
+    return choices.find((choice) => choice.length >= 3 && choice.length <= 6) ?? evenly(low, high, choices);
+  }
+
+  function evenly(low, high, choices) {
+    if (high / low > 50) return choices[2];
+    const rough = (high - low) / 4 || high / 4;
+    const power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999) * power;
+    const first = Math.max(1, Math.ceil(low / step - 1e-9));
+    return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, index) => Number(((first + index) * step).toPrecision(12)));
+  }
+
+  return {valueOf, differingKeys, grouped, withFigures, curveOf, paretoFront, inOrder, unique, known, roundValues};
 })();

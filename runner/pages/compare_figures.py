@@ -1,6 +1,5 @@
 """The charts of a comparison: empty figures that compare.js fills, because what they show depends on filters and colours."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 
-from runner.pages.entries import COSTS, Costs
+from runner.pages.entries import COSTS, Cost, Costs
 from runner.pages.figures import Sheet, set_type
 
 LINE_TIP = [("", "@label"), ("n", "@n"), ("@axis", "$snap_x{0,0.[00]}"), ("mean", "$snap_y{%.6g}")]
@@ -38,30 +37,28 @@ def curve_chart(sheet: Sheet) -> str:
 
 
 def cost_charts(sheet: Sheet, costs: Iterable[Costs]) -> list[str]:
-    """Accuracy against every cost that some run knows and that is not the same for all."""
+    """Accuracy against every cost; compare.js hides those that are unknown, or the same for all."""
     costs = list(costs)
-    charts = []
-    for key, cost in COSTS.items():
-        known = [found / cost.scale for one in costs if (found := one[key]) is not None]
-        charts.append(_cost_chart(sheet, key, cost.title, np.array(known)))
-    return charts
+    return [
+        _cost_chart(sheet, key, cost, np.array([found for one in costs if (found := one[key]) is not None]))
+        for key, cost in COSTS.items()
+    ]
 
 
-def _cost_chart(sheet: Sheet, key: str, title: str, known: "np.ndarray[Any, Any]") -> str:
+def _cost_chart(sheet: Sheet, key: str, cost: Cost, known: "np.ndarray[Any, Any]") -> str:
     logarithmic = bool(known.size and known.min() > 0 and known.max() / known.min() > 8)
     plot = figure(
         x_range=DataRange1d(range_padding=0.12), y_range=DataRange1d(range_padding=0.15),
         x_axis_type="log" if logarithmic else "auto", sizing_mode="stretch_both", toolbar_location=None, tools="",
-        min_border_left=48, min_border_right=14, background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0,
+        min_border_left=62, min_border_right=14, background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0,
     )  # fmt: skip
     set_type(plot)
+    plot.yaxis.name = "reached"
+    plot.xaxis.axis_label = f"{cost.unit}, logarithmic" if logarithmic else cost.unit
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[000]")
     plot.xaxis.ticker = plot.xgrid.ticker = (
-        FixedTicker(ticks=_round_values(known, in_bits=key == "weight_bits"))
-        if logarithmic
-        else BasicTicker(desired_num_ticks=4)
+        FixedTicker(ticks=[], name=f"ticks-{key}") if logarithmic else BasicTicker(desired_num_ticks=4)
     )
-    title = f"{title}, logarithmic" if logarithmic else title
     front = ColumnDataSource({"x": [], "y": []}, name=f"front-{key}")
     plot.step("x", "y", source=front, mode="after", line_width=1.5, line_dash="dotted").tags = ["quiet"]
     columns = ("x", "y", "low", "high", "colour", "marker", "alpha", "label", "n", "shown_x", "shown_y", "cost", "goal")
@@ -69,14 +66,4 @@ def _cost_chart(sheet: Sheet, key: str, title: str, known: "np.ndarray[Any, Any]
     plot.segment("x", "low", "x", "high", source=points, line_color="colour", line_alpha="alpha", line_width=1.5)
     drawn = plot.scatter("x", "y", source=points, color="colour", marker="marker", alpha="alpha", size=11)
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=POINT_TIP))
-    return sheet.host(plot, f"cost-{key}", title, "even-part", f"Accuracy against {title}.", [])
-
-
-def _round_values(known: "np.ndarray[Any, Any]", *, in_bits: bool) -> list[float]:
-    """Powers of two for bits, else 1, 2, 5, 10 … or, over many decades, powers of ten."""
-    low, high = float(known.min()) / 4, float(known.max()) * 4
-    if in_bits:
-        return [2.0**power for power in range(-2, 11) if low <= 2.0**power <= high]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(decades) < 4 else (1,)
-    return [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+    return sheet.host(plot, f"cost-{key}", cost.title, "even-part", f"Accuracy against {cost.title}.", [])

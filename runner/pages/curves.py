@@ -28,31 +28,32 @@ PANELS = (
             Series("train_loss", "train", "train", "dashed", "square"),
             Series("val_loss", "val", "val", "solid", "circle"),
         ),
-        "major",
+        size="major",
         phase_names="above",
     ),
     Panel(
         "accuracy",
-        "Accuracy (%)",
+        "Accuracy",
         (
             Series("train_top1", "train top-1", "train", "dashed", "square"),
             Series("val_top1", "val top-1", "val", "solid", "circle"),
             Series("val_top5", "val top-5", "extra", "dotted", "triangle"),
         ),
+        "%",
         "major",
         phase_names="below",
     ),
     Panel("lr", "Learning rate", (Series("lr", "learning rate"),), step="before", from_zero=True),
-    Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), step="before", from_zero=True),
-    Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), step="before", from_zero=True),
-    Panel("speed", "Speed (images/s)", (Series("images_per_s", "images/s"),), from_zero=True),
+    Panel("batch_size", "Batch size", (Series("batch_size", "batch size"),), "images", step="before", from_zero=True),
+    Panel("input_size", "Input size", (Series("input_size", "input size"),), "px", step="before", from_zero=True),
+    Panel("speed", "Speed", (Series("images_per_s", "images/s"),), "images/s", from_zero=True),
 )
 TIMELINE_PANELS = (
-    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), "major", "after", True, "above"),
-    Panel("momentum", "Momentum", (Series("momentum", "momentum"),), "minor", "after", True),
-    Panel("weight_decay", "Weight decay", (Series("weight_decay", "weight decay"),), "minor", "after", True),
-    Panel("batch_size", "Batch size (images)", (Series("batch_size", "batch size"),), "minor", "after", True),
-    Panel("input_size", "Input size (px)", (Series("input_size", "input size"),), "minor", "after", True),
+    Panel("lr", "Learning rate", (Series("lr", "learning rate"),), "", "major", "after", True, "above"),
+    Panel("momentum", "Momentum", (Series("momentum", "momentum"),), "", "minor", "after", True),
+    Panel("weight_decay", "Weight decay", (Series("weight_decay", "weight decay"),), "", "minor", "after", True),
+    Panel("batch_size", "Batch size", (Series("batch_size", "batch size"),), "images", "minor", "after", True),
+    Panel("input_size", "Input size", (Series("input_size", "input size"),), "px", "minor", "after", True),
 )
 HEALTH = {
     "clip_ratio": "Clipped values (share)",
@@ -73,12 +74,12 @@ def curve_section(run: Run, document: Document | None = None) -> tuple[str, Shee
     shown = _with_start(_thinned(points), axes)
     source = source_of(shown.assign(x=shown["x_epoch"]))
     best = _best_point(points)
+    panels, constant = _worth_drawing(PANELS, points)
     charts = [
         sheet.curves(panel, source, _in_words(panel, points), best if panel.key == "accuracy" else None)
-        for panel in PANELS
-        if points[[series.column for series in panel.series]].notna().any(axis=None)
+        for panel in panels
     ]
-    return f'<h2>Curves</h2>{_controls(axes)}<div class="panels">{"".join(charts)}</div>', sheet
+    return f'<h2>Curves</h2>{_controls(axes)}<div class="panels">{"".join(charts)}</div>{constant}', sheet
 
 
 def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
@@ -95,12 +96,22 @@ def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
         return "<p>There is no point to draw.</p>", sheet
     shown = _thinned(points)
     source = source_of(shown.assign(x=shown[f"x_{names[0]}"]))
-    charts = [
-        sheet.curves(panel, source, _in_words(panel, points))
-        for panel in TIMELINE_PANELS
-        if points[panel.series[0].column].notna().any()
-    ]
-    return f'{_controls(axes)}<div class="even">{"".join(charts)}</div>', sheet
+    panels, constant = _worth_drawing(TIMELINE_PANELS, points)
+    charts = [sheet.curves(panel, source, _in_words(panel, points)) for panel in panels]
+    return f'{_controls(axes)}<div class="even">{"".join(charts)}</div>{constant}', sheet
+
+
+def _worth_drawing(panels: Sequence[Panel], points: pd.DataFrame) -> tuple[list[Panel], str]:
+    """The panels that have something to draw, and a sentence with the settings that never change."""
+    drawn, said = [], []
+    for panel in panels:
+        values = set(points[[series.column for series in panel.series]].to_numpy(dtype=float).ravel())
+        values = {value for value in values if math.isfinite(value)}
+        if panel.step and panel.size == "minor" and len(values) == 1:
+            said.append(f"{panel.title.lower()} <b>{text(plain(*values))} {panel.unit}</b>".replace(" </b>", "</b>"))
+        elif values:
+            drawn.append(panel)
+    return drawn, f'<p class="constant">The same throughout: {", ".join(said)}.</p>' if said else ""
 
 
 def _with_end(points: pd.DataFrame) -> pd.DataFrame:
@@ -243,7 +254,7 @@ def _in_words(panel: Panel, points: pd.DataFrame) -> str:
         known = points[series.column].dropna()
         if len(known):
             parts.append(f"{series.label} from {plain(float(known.iloc[0]))} to {plain(float(known.iloc[-1]))}")
-    return f"Chart of {panel.title} over {len(points)} points: {', '.join(parts)}. All values are in the table."
+    return f"Chart of {panel.heading} over {len(points)} points: {', '.join(parts)}. All values are in the table."
 
 
 def _controls(axes: dict[str, Any]) -> str:

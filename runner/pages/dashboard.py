@@ -1,7 +1,7 @@
 """The page of one run: what it reached, how it got there, what it cost, and how to repeat it."""
 
-import json
 import shlex
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from runner.pages.figures import Sheet
 from runner.pages.headlines import headlines
 from runner.pages.page import NOTHING, Column, number, page, plain, table, text, write_page
 from runner.pages.records import Run, read_run
-from runner.pages.settings import flatten, shown
+from runner.pages.settings import flatten, shown, usual_settings
 
 MOST_TABLE_ROWS = 500
 STATES = {"done": "✓", "running": "…", "preempted": "‖", "failed": "✕", "diverged": "✕"}
@@ -48,11 +48,11 @@ LAYER_COLUMNS = (
 )
 
 
-def write_dashboard(folder: Path, defaults: dict[str, object] | None = None) -> Path:
+def write_dashboard(folder: Path, defaults: Mapping[str, object] | None = None) -> Path:
     """Write `dashboard.html` into a run folder and return its path; a broken folder gets a page that says so.
 
-    `defaults` are the values of all keys without any choice of the user's; without them a `defaults.json` of
-    the folder is taken. Raises StorageError where the page cannot be written.
+    `defaults` are the values of all keys without any choice of the user's; asked for where they are not given.
+    Raises StorageError where the page cannot be written.
     """
     run = read_run(folder)
     body, sheet = run_body(run, defaults)
@@ -60,7 +60,7 @@ def write_dashboard(folder: Path, defaults: dict[str, object] | None = None) -> 
 
 
 def run_body(
-    run: Run, defaults: dict[str, object] | None = None, document: Document | None = None
+    run: Run, defaults: Mapping[str, object] | None = None, document: Document | None = None
 ) -> tuple[str, Sheet]:
     """Everything between <body> and the scripts, and the sheet with the figures; its parts are marked for live pages."""
     curves, sheet = curve_section(run, document)
@@ -74,7 +74,7 @@ def run_body(
     return body, sheet
 
 
-def run_parts(run: Run, defaults: dict[str, object] | None = None) -> dict[str, str]:
+def run_parts(run: Run, defaults: Mapping[str, object] | None = None) -> dict[str, str]:
     """What a run page says beside its charts, part by part."""
     return {
         "header": _header(run),
@@ -83,7 +83,7 @@ def run_parts(run: Run, defaults: dict[str, object] | None = None) -> dict[str, 
         "epochs": _metrics_table(run),
         "health": last_health(run),
         "layers": _layers(run),
-        "settings": _settings(run, defaults if defaults is not None else _saved_defaults(run.folder)),
+        "settings": _settings(run, usual_settings(flatten(run.config)) if defaults is None else defaults),
     }
 
 
@@ -167,7 +167,7 @@ def _layers(run: Run) -> str:
     return f"<h2>Layers</h2>{layers}"
 
 
-def _settings(run: Run, defaults: dict[str, object] | None) -> str:
+def _settings(run: Run, defaults: Mapping[str, object]) -> str:
     environment = run.summary.get("environment")
     facts = flatten(environment if isinstance(environment, dict) else {})
     facts |= {key: run.summary[key] for key in ("config_hash",) if key in run.summary}
@@ -192,17 +192,17 @@ def _command(run: Run) -> str:
     )
 
 
-def _config(run: Run, defaults: dict[str, object] | None) -> str:
+def _config(run: Run, defaults: Mapping[str, object]) -> str:
     config = flatten(run.config)
     columns = (
-        Column("key", "key", numeric=False),
+        Column("key", "key", numeric=False, wide=True),
         Column("value", "value", numeric=False, wide=True),
         Column("default", "default", numeric=False, wide=True),
     )
     rows: list[dict[str, object]] = [{"key": key, "value": shown(value)} for key, value in config.items()]
+    if not rows:
+        return "<p>Not recorded.</p>"
     everything = table(columns[:2], rows, f"All {len(rows)} keys, as in config.yaml", tall=True)
-    if defaults is None:
-        return everything if rows else "<p>Not recorded.</p>"
     usual = flatten(defaults)
     changed: list[dict[str, object]] = [
         {"key": key, "value": shown(value), "default": shown(usual[key]) if key in usual else NOTHING}
@@ -211,14 +211,6 @@ def _config(run: Run, defaults: dict[str, object] | None) -> str:
     ]
     differences = table(columns, changed, f"{len(changed)} of {len(rows)} keys differ from the defaults")
     return f"{differences}<details><summary>All keys</summary>{everything}</details>"
-
-
-def _saved_defaults(folder: Path) -> dict[str, object] | None:
-    try:
-        found = json.loads((folder / "defaults.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, object]]:

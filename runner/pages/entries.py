@@ -33,20 +33,21 @@ ALL_POINTS, MOST_POINTS, FEWEST_POINTS = 40_000, 200, 20
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run cost: its name with the unit it is drawn in, and how much of its own unit that is."""
+    """What a run cost: its name, the unit it is drawn in, and how much of the unit in the files that is."""
 
     title: str
+    unit: str
     scale: float = 1.0
 
 
 COSTS = {
-    "weight_bits": Cost("Weight bits, mean over parameters"),
-    "packed_bytes": Cost("Packed size (KiB)", 1024.0),
-    "bit_operations": Cost("Bit operations per image (billions)", 1e9),
-    "float_macs": Cost("MACs per image left in float (millions)", 1e6),
-    "saved_bytes": Cost("Saved for backward (KiB per sample)", 1024.0),
-    "peak_memory": Cost("Peak memory (MiB)", 1024.0**2),
-    "epoch_seconds": Cost("Time of an epoch (s)"),
+    "weight_bits": Cost("Weight bits", "mean over parameters"),
+    "packed_bytes": Cost("Packed size", "KiB", 1024.0),
+    "bit_operations": Cost("Bit operations per image", "billions", 1e9),
+    "float_macs": Cost("MACs per image left in float", "millions", 1e6),
+    "saved_bytes": Cost("Saved for backward", "KiB per sample", 1024.0),
+    "peak_memory": Cost("Peak memory", "MiB", 1024.0**2),
+    "epoch_seconds": Cost("Time of an epoch", "s"),
 }
 Entry = dict[str, Any]
 Costs = dict[str, float | None]

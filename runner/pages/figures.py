@@ -19,7 +19,6 @@ from bokeh.models import (
     BasicTicker,
     BoxZoomTool,
     CDSView,
-    ColorMapper,
     ColumnDataSource,
     CrosshairTool,
     DataRange1d,
@@ -28,8 +27,6 @@ from bokeh.models import (
     HoverTool,
     IndexFilter,
     LinearAxis,
-    LinearColorMapper,
-    LogColorMapper,
     NumeralTickFormatter,
     Range1d,
 )
@@ -39,6 +36,7 @@ from bokeh.models.renderers.glyph_renderer import GlyphRenderer
 from bokeh.plotting import figure
 
 from runner.pages.page import embedded_json, text
+from runner.pages.scales import colours, largest, spans_decades
 
 MARKERS_PER_CURVE = 12
 MOST_CELLS = 20_000
@@ -57,17 +55,23 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: its title with the unit, its curves, and how it is drawn."""
+    """One chart: its title, its curves, their unit, and how it is drawn."""
 
     key: str
     title: str
     series: tuple[Series, ...]
+    unit: str = ""
     size: str = "minor"
     step: Literal["before", "after"] | None = (
         None  # 'before': a value holds until its point; 'after': from its point on
     )
     from_zero: bool = False
     phase_names: Literal["above", "below"] | None = None  # where they are in nobody's way
+
+    @property
+    def heading(self) -> str:
+        """What stands above the chart."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,11 @@ class Sheet:
 
     def curves(self, panel: Panel, source: ColumnDataSource, summary: str, best: ColumnDataSource | None = None) -> str:
         """Add one chart; returns its HTML. `best` holds the point to ring."""
-        logarithmic = panel.key == "lr" and _spans_decades(source.data[panel.series[0].column])
-        plot = self.plot(DataRange1d(start=0) if panel.from_zero and not logarithmic else DataRange1d(), logarithmic)
+        logarithmic = panel.key == "lr" and spans_decades(source.data[panel.series[0].column])
+        grounded = panel.from_zero and not logarithmic
+        plot = self.plot(DataRange1d(start=0, range_padding=0.2) if grounded else DataRange1d(), logarithmic)
+        if not logarithmic and max(largest(source.data[series.column]) for series in panel.series) < 1e4:
+            plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[0000000]")
         self._mark_phases(plot, panel.phase_names)
         names = [f"{panel.key}:{series.column}" for series in panel.series]
         for index, (series, name) in enumerate(zip(panel.series, names, strict=True)):
@@ -107,7 +114,7 @@ class Sheet:
             ring = plot.scatter("x", "y", source=best, size=15, marker="circle", fill_alpha=0, line_width=2.5)
             ring.tags = ["single", f"{panel.key}:best"]
             keys.append(_key(Series("best", "best", "single"), f"{panel.key}:best", ring=True))
-        title = f"{panel.title}, logarithmic" if logarithmic else panel.title
+        title = f"{panel.heading}, logarithmic" if logarithmic else panel.heading
         return self.host(plot, panel.key, title, panel.size, summary, keys if len(keys) > 1 else [])
 
     def heat_map(
@@ -115,7 +122,7 @@ class Sheet:
     ) -> str:
         """Add a map of layer x time whose colour is `column`; returns its HTML."""
         plot = self.plot(FactorRange(factors=list(reversed(layers)), range_padding=0), logarithmic=False)
-        mapper, landmarks = _colours(source.data[column])
+        mapper, landmarks = colours(source.data[column])
         cells = plot.hbar(
             y="row", left="left", right="right", height=1, source=source, line_width=1,
             fill_color={"field": column, "transform": mapper}, line_color={"field": column, "transform": mapper},
@@ -269,25 +276,3 @@ def _key(series: Series, name: str, *, ring: bool = False) -> str:
         f'<svg viewBox="0 0 36 12" aria-hidden="true" stroke="{colour}" fill="{colour}">{drawing}</svg>'
         f"{text(series.label)}</button>"
     )
-
-
-def _finite(values: object) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
-    array = np.asarray(values, dtype=np.float64)
-    return array[np.isfinite(array)]
-
-
-def _spans_decades(values: object) -> bool:
-    """Whether values are positive and range over a factor of 50, so that only a log axis shows them all."""
-    array = _finite(values)
-    return bool(array.size and array.min() > 0 and array.max() / array.min() >= 50)
-
-
-def _colours(values: object) -> tuple[ColorMapper, list[float]]:
-    """A scale that covers the values, logarithmic where it has to be, and four round values along it."""
-    array = _finite(values)
-    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 1.0)
-    if low == high:
-        low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
-    scale, space = (LogColorMapper, np.geomspace) if _spans_decades(array) else (LinearColorMapper, np.linspace)
-    landmarks = sorted({float(f"{value:.2g}") for value in space(low, high, 6)[1:-1]})
-    return scale(palette="Viridis256", low=low, high=high, nan_color="#80808040"), landmarks

@@ -23,7 +23,7 @@ def headlines(run: Run) -> str:
     gap = gap_to_float(run)
     test_note = f"top-5 {top5:.2f} %, " if top5 is not None else ""
     cards = [
-        ("Best validation accuracy", _percent(best), f"epoch {plain(best_epoch)}; last {_joined(_percent(last))}"),
+        ("Best validation accuracy", _percent(best), f"{_after(best_epoch)}; last {_joined(_percent(last))}"),
         ("Test accuracy", _percent(number(summary.get("test_top1"))), f"{gap}{test_note}{_checkpoint(summary)}"),
         ("Training time", duration(seconds), f"{_joined(duration(_per_epoch(run, seconds)))} an epoch"),
         ("Speed", amount(speed, "images/s"), "while training"),
@@ -45,7 +45,8 @@ def gap_to_float(run: Run) -> str:
         other = read_summary(folder)
         found = number(other.get("test_top1"))
         if found is not None and other.get("quant") == "none" and all(other.get(k) == mine.get(k) for k in SAME):
-            return f"{reached - found:+.2f} points to float ({found:.2f} %, {folder.name}); "
+            points = f"{reached - found:+.2f}".replace("-", "\N{MINUS SIGN}")
+            return f"{points} points to float ({found:.2f} %, {folder.name}); "
     return ""
 
 
@@ -104,4 +105,10 @@ def _percent(value: float | None) -> tuple[str, str]:
 
 
 def _joined(figure: tuple[str, str]) -> str:
-    return " ".join(filter(None, figure))
+    """A figure and its unit, which no line break parts."""
+    return "\N{NO-BREAK SPACE}".join(filter(None, figure))
+
+
+def _after(epoch: float | None) -> str:
+    """Epochs count from 0 in the files, charts count those that are over."""
+    return f"after epoch {plain(None if epoch is None else epoch + 1)}"

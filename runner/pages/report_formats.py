@@ -8,6 +8,7 @@ from typing import Any
 from runner.faults import ConfigError, Fault
 from runner.pages.page import Column, still_page, table, text
 from runner.pages.report_parts import Report, Table
+from runner.pages.report_words import count
 from runner.pages.results import Row
 
 LATEX = {
@@ -58,7 +59,10 @@ def html(report: Report, pictures_in: str | None) -> str:
     if report.holes:
         parts.append("<h2>Not run</h2><ul>" + "".join(f"<li>{text(hole)}</li>" for hole in report.holes) + "</ul>")
     parts += [f"<h2>{text(each.caption)}</h2>{_html_table(each)}" for each in report.tables]
-    return still_page("Results", f"<header><h1>Results</h1></header><main class='report'>{''.join(parts)}</main>")
+    runs = sum(len(group.rows) for group in report.groups)
+    counts = f"{count(runs, 'run')}, {count(len(report.groups), 'configuration')}; mean ± standard deviation over seeds"
+    header = f"<header><h1>Results</h1><p>{counts}</p></header>"
+    return still_page("Results", f'{header}<main class="report">{"".join(parts)}</main>')
 
 
 def _html_table(each: Table) -> str:

@@ -11,7 +11,7 @@ def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> It
     for (model, dataset, epochs), members in by_task(groups):
         sentences = [*_about_accuracy(members), *_about_cost(members)]
         runs = sum(len(group.rows) for group in members)
-        yield f"{model} on {dataset}, {_count(epochs, 'epoch')}, {_count(runs, 'run')}: " + " ".join(sentences)
+        yield f"{model} on {dataset}, {count(epochs, 'epoch')}, {count(runs, 'run')}: " + " ".join(sentences)
     for record in records:
         if sentence := _about_bench(record):
             yield sentence
@@ -81,7 +81,8 @@ def _about_bench(record: dict[str, Any]) -> str:
     )
 
 
-def _count(number: int, word: str) -> str:
+def count(number: int, word: str) -> str:
+    """A number of things, the word in the plural where it has to be."""
     return f"{number} {word}{'s' * (number != 1)}"
 
 

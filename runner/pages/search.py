@@ -13,13 +13,15 @@ from runner.pages.figures import Sheet, set_type
 from runner.pages.page import Column, page, table, text, write_page
 
 TITLES = {
-    "best_val_top1": "best validation top-1, %",
-    "weight_bits": "mean bits of a weight",
-    "packed_bytes": "bytes of the packed network",
-    "saved_bytes_per_sample": "bytes saved for backward, an image",
-    "train_seconds": "training, s",
-    "images_per_s": "images/s",
-}
+    "best_val_top1": ("Best validation top-1", "%", 1.0),
+    "weight_bits": ("Bits of a weight", "mean over parameters", 1.0),
+    "packed_bytes": ("Packed size", "KiB", 1024.0),
+    "saved_bytes_per_sample": ("Saved for backward", "KiB per image", 1024.0),
+    "train_seconds": ("Training time", "s", 1.0),
+    "images_per_s": ("Speed", "images/s", 1.0),
+}  # name, unit, and how much of the unit in the file that is
+BEST = {True: "Large points: trials that none beats at the same or a lower cost; the dotted line joins them.",
+        False: "The large point is the best trial."}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -30,22 +32,40 @@ def write_search_page(folder: Path) -> Path:
     goals, dimensions = list(facts["objectives"]), list(facts["dimensions"])
     complete = [row for row in rows if row["state"] == "complete"]
     sheet = Sheet(axes={})
-    charts = ""
-    if complete and len(goals) > 1:
-        charts = "".join(_front(sheet, complete, goals[0], cost) for cost in goals[1:])
-    elif complete:
-        charts = "".join(_slice(sheet, complete, goals[0], name) for name in ["trial", *dimensions])
+    charts = _charts(sheet, complete, goals, dimensions) if complete else ""
+    words = [name for name in dimensions if any(isinstance(row[name], str) and row[name] for row in rows)]
     states = [str(row["state"]) for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     columns = [
-        Column(name, name, name not in ("state", "best", "run", "reason", *dimensions))
+        Column(name, _heading(name), name not in ("state", "best", "run", "reason", *words), name == "reason")
         for name in ["trial", "state", "best", *goals, *dimensions, "run", "reason"]
     ]
+    shown = [row | {goal: _scaled(row, goal) for goal in goals} for row in rows]
+    numbers = table(columns, shown, "All trials; a click on a heading sorts", sortable=True, tall=True)
     body = (
         f"<header><h1>{text(facts['name'])}</h1><p>{len(rows)} trials: {text(counts)}</p></header><main>"
-        f"<section>{charts}</section>{table(columns, rows, 'Trials', sortable=True, tall=True)}</main>"
+        f"{charts}<h2>Trials</h2><div class='trials'>{numbers}</div></main>"
     )
     return write_page(folder / "search.html", page(str(facts["name"]), body, sheet.embed()))
+
+
+def _charts(sheet: Sheet, rows: list[Row], goals: list[str], dimensions: list[str]) -> str:
+    """With several goals their Pareto fronts, with one what it was at every value of every dimension."""
+    if len(goals) > 1:
+        charts = "".join(_front(sheet, rows, goals[0], cost) for cost in goals[1:])
+    else:
+        charts = "".join(_slice(sheet, rows, goals[0], name) for name in ["trial", *dimensions])
+    return f'<p class="small quiet">{BEST[len(goals) > 1]}</p><div class="even">{charts}</div>'
+
+
+def _heading(name: str) -> str:
+    title, unit, _ = TITLES.get(name, (name.replace("_", " "), "", 1.0))
+    return f"{title} ({unit})" if unit else title
+
+
+def _scaled(row: Row, name: str) -> Any:
+    """A figure in the unit of its heading; whatever else stands there as it is."""
+    return row[name] / TITLES[name][2] if isinstance(row[name], float) and name in TITLES else row[name]
 
 
 def _typed(row: dict[str, str]) -> Row:
@@ -61,15 +81,15 @@ def _number(value: str) -> float | str:
 
 def _front(sheet: Sheet, rows: list[Row], goal: str, cost: str) -> str:
     """Every trial at its cost; those that none beats are joined."""
-    plot = _plot(TITLES[cost], TITLES[goal])
+    plot = _plot(_heading(cost), _heading(goal))
     front = sorted((row for row in rows if row["best"]), key=lambda row: float(row[cost]))
-    line: dict[str, Any] = {"x": [row[cost] for row in front], "y": [row[goal] for row in front]}
+    line: dict[str, Any] = {"x": [_scaled(row, cost) for row in front], "y": [row[goal] for row in front]}
     plot.step("x", "y", source=ColumnDataSource(line), mode="after", line_dash="dotted", line_width=1.5).tags = [
         "single"
     ]
     _points(plot, rows, cost, goal)
     summary = f"{len(rows)} trials, {len(front)} of them on the Pareto front; the numbers are in the table."
-    return sheet.host(plot, f"front-{cost}", f"{TITLES[goal]} against {TITLES[cost]}", "major", summary, [])
+    return sheet.host(plot, f"front-{cost}", f"{_heading(goal)} against {_heading(cost).lower()}", "major", summary, [])
 
 
 def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str) -> str:
@@ -77,9 +97,9 @@ def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str) -> str:
     shown = [row for row in rows if isinstance(row[name], float)]
     values = [float(row[name]) for row in shown]
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 20 and name != "trial"
-    plot = _plot(name, TITLES[goal], logarithmic)
+    plot = _plot(name, _heading(goal), logarithmic)
     _points(plot, shown, name, goal)
-    return sheet.host(plot, f"slice-{name}", name, "minor", f"{TITLES[goal]} of every trial against {name}.", [])
+    return sheet.host(plot, f"slice-{name}", name, "minor", f"{_heading(goal)} of every trial against {name}.", [])
 
 
 def _plot(x: str, y: str, logarithmic: bool = False) -> figure:
@@ -98,12 +118,12 @@ def _plot(x: str, y: str, logarithmic: bool = False) -> figure:
 
 def _points(plot: figure, rows: list[Row], x: str, y: str) -> None:
     columns: dict[str, Any] = {
-        "x": [row[x] for row in rows],
+        "x": [_scaled(row, x) for row in rows],
         "y": [row[y] for row in rows],
         "trial": [int(row["trial"]) for row in rows],
         "size": [13 if row["best"] else 7 for row in rows],
     }
     drawn = plot.scatter("x", "y", source=ColumnDataSource(columns), size="size", fill_alpha=0.5)
     drawn.tags = ["single"]
-    tips = [("trial", "@trial"), (x, "@x{%.6g}"), (y, "@y{%.6g}")]
+    tips = [("trial", "@trial"), (_heading(x), "@x{%.6g}"), (_heading(y), "@y{%.6g}")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips, formatters={"@x": "printf", "@y": "printf"}))

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 
 MOST_KEYS = 2_000
+CHOSEN = ("model", "quant", "dataset")
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -23,6 +25,23 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def usual_settings(config: Mapping[str, object]) -> Mapping[str, object]:
+    """What the files of conf/ say for the model, quantizer and data set of a flat config: what differs, somebody has changed."""
+    return _composed(*(str(config.get(f"{group}.name")) for group in CHOSEN))
+
+
+@lru_cache(maxsize=64)
+def _composed(*names: str) -> Mapping[str, object]:
+    from runner.compose import choices_of, compose_words
+
+    choices = choices_of()
+    raw = compose_words(
+        [f"{group}={name}" for group, name in zip(CHOSEN, names, strict=True) if name in choices[group]]
+    ).raw
+    raw["trainer"]["epochs"] = raw["regime"]["epochs"]
+    return raw
 
 
 def shown(value: object) -> str:
