@@ -1,16 +1,15 @@
 """Training steps side by side: the very step that a run takes, built from a config, timed and weighed."""
 
-import ctypes
-import gc
+import itertools
+import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.profiler import ProfilerActivity, profile
 
 from quant.regularizer import Penalty
 from quant.saved import saved_bytes_per_sample
@@ -48,8 +47,8 @@ class Row:
     cpu: float
     saved: float
     saved_bytes: int
-    peak: float | None
-    peak_bytes: int | None
+    peak: float
+    peak_bytes: int
 
 
 def measure(plan: Plan) -> tuple[list[Row], dict[str, Any]]:
@@ -71,7 +70,6 @@ def measure(plan: Plan) -> tuple[list[Row], dict[str, Any]]:
     for contender in plan.contenders:
         name, base = contender.name, contender.base
         seconds, time = Spread.of(times[name].wall), ratio(times[name].wall, times[base].wall)
-        peak, base_peak = peaks[name], peaks[base]
         rows.append(
             Row(
                 name=name,
@@ -88,8 +86,8 @@ def measure(plan: Plan) -> tuple[list[Row], dict[str, Any]]:
                 cpu=ratio(times[name].cpu, times[base].cpu).median,
                 saved=saved[name] / saved[base],
                 saved_bytes=saved[name],
-                peak=peak / base_peak if peak is not None and base_peak else None,
-                peak_bytes=peak,
+                peak=peaks[name] / peaks[base],
+                peak_bytes=peaks[name],
             )
         )
     batch = {
@@ -152,31 +150,26 @@ class Step:
         """Bytes that autograd keeps of one forward pass, those of the images included."""
         return round(saved_bytes_per_sample(self.model, self.images, self.labels, self.forward) * len(self.images))
 
-    def peak_bytes(self) -> int | None:
-        """The most memory that one step takes beyond what stands before it; None where the system does not say."""
+    def peak_bytes(self) -> int:
+        """The most memory that the tensors of one step take beyond those that stand before it."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             self.take()
             return torch.cuda.max_memory_allocated(self.device) - before
-        return peak_of_process(self.take)
+        return peak_on_cpu(self.take)
 
 
-def peak_of_process(action: Callable[[], object]) -> int | None:
-    """How far the memory of this process rises during a call, beyond where it stands before. Linux only, else None."""
-    gc.collect()
-    try:
-        with suppress(AttributeError):  # another C library has no such function; freed memory may then count as in use
-            ctypes.CDLL(None).malloc_trim(0)
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark falls to where we stand
+def peak_on_cpu(action: Callable[[], object]) -> int:
+    """The most bytes that the tensors made during a call hold at once: what torch.cuda.max_memory_allocated is on a GPU.
+
+    The memory of the process would say something else: how its C library keeps freed blocks for later.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it complains that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
-        return max(0, _status("VmHWM") - before)
-    except (OSError, StopIteration):
-        return None
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()  # profiler.events() has only those outside of every operator
+    changes = sorted((event.start_ns(), int(event.nbytes())) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))

@@ -32,7 +32,7 @@ COLUMNS = {
 }
 MEANING = (
     "time: ratio to float32, median of turns, and quartiles; processor: the same in processor time; saved: bytes kept for "
-    "backward; peak: the most memory of a step beyond what stands before it; all as ratios to float32"
+    "backward; peak: the most memory that the tensors of a step take beyond those before it; all as ratios to float32"
 )
 
 
@@ -70,16 +70,16 @@ def _shown(row: "Row") -> dict[str, Any]:
         "quartiles": f"{row.time_low:.3f}-{row.time_high:.3f}",
         "cpu": round(row.cpu, 3),
         "saved": round(row.saved, 3),
-        "peak": _or_nothing(row.peak),
+        "peak": round(row.peak, 3),
         "ms": round(1e3 * row.seconds, 1),
         "images_per_s": round(row.images_per_s, 1),
         "saved_mib": round(row.saved_bytes / 2**20, 1),
-        "peak_mib": _or_nothing(row.peak_bytes and row.peak_bytes / 2**20, 1),
+        "peak_mib": round(row.peak_bytes / 2**20, 1),
     }
 
 
-def _or_nothing(value: float | None, digits: int = 3) -> float | str:
-    return NOTHING if value is None else round(value, digits)
+def _or_nothing(value: float | None) -> float | str:
+    return NOTHING if value is None else value
 
 
 def _as_csv(rows: Sequence["Row"]) -> str:
@@ -96,11 +96,10 @@ def _page(
 ) -> Path:
     charts = Charts()
     peers = PEERS if facts["model"] == MODEL else ()  # beside another network their bars would mislead
-    peaks = [Bar(row.name, row.peak) for row in rows if row.peak is not None]
     figures = [
         charts.bars("time", "Time of a step / float32", _bars(rows, "time", peers)),
         charts.bars("saved", "Bytes saved for backward / float32", _bars(rows, "saved", peers)),
-        *([charts.bars("peak", "Peak memory of a step / float32", peaks)] if peaks else []),
+        charts.bars("peak", "Peak memory of a step / float32", [Bar(row.name, row.peak) for row in rows]),
     ]
     measured = table(
         [Column(key, heading or "step", numeric=key not in ("name", "quartiles")) for heading, key in COLUMNS.items()],
