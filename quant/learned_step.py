@@ -284,17 +284,23 @@ class StepQuantizer(nn.Module):
 
     @torch.no_grad()
     def health(self, v: Tensor) -> dict[str, float]:
-        """Mean `step_size` as the parameter has it (zero or below: dead), `dead_steps` (share of them), `clip_ratio`: share of v
-        more than half a step outside the levels; where they have no sign, `negative_ratio`: share of v that is lost below 0.
+        """Mean `step_size` as the parameter has it, `dead_steps`: share of them that are zero or below, or so large that all they
+        round becomes 0, `clip_ratio`: share of v more than half a step outside the levels; where these have no sign,
+        `negative_ratio`: share of v that is lost below 0.
         """
         raw, u = self.raw_size(), _in_steps(v, self.size(), self.offset)
         figures = {
             "step_size": raw.mean().item(),
             "clip_ratio": ((u < -0.5 - self.qn) | (u > self.qp + 0.5)).float().mean().item(),
-            "dead_steps": (raw <= _smallest(raw.dtype)).float().mean().item(),
+            "dead_steps": ((raw <= _smallest(raw.dtype)).flatten() | self._too_large(u)).float().mean().item(),
         }
         blind = self.offset is None and int(self.qn) == 0
         return figures | ({"negative_ratio": (v < 0).float().mean().item()} if blind else {})
+
+    def _too_large(self, u: Tensor) -> Tensor:
+        """Whether each step rounds everything to 0."""
+        rows = u.abs().reshape(self.step.numel(), -1)
+        return rows.amax(1) < 0.5 if rows.numel() else torch.zeros(len(rows), dtype=torch.bool, device=u.device)
 
 
 def _smallest(dtype: torch.dtype) -> float:

@@ -34,7 +34,10 @@ def alarms(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     for row in rows:
         if row.get("dead_steps"):
             share = f"{100 * row['dead_steps']:.0f} %"
-            yield f"{row['layer']}: {share} of its steps are at zero or below; try quant.step_param=softplus or a lower lr="
+            yield (
+                f"{row['layer']}: {share} of its steps are dead, at zero or so large that all values round to 0; "
+                "try a lower lr= or quant.step_change="
+            )
         if row.get("code_entropy") == 0:
             yield f"{row['layer']}: every weight has the same code, so the layer tells nothing apart"
         unreal = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]

@@ -544,6 +544,17 @@ def test_small_steps_survive_adam_as_softplus(param: Any, dead: float) -> None:
     assert (part.size().item() > 0.98 * first) == (not dead)
 
 
+def test_a_step_that_rounds_everything_to_zero_counts_as_dead() -> None:
+    layer = Lsq(weight_bits=8, weight_steps="channel").layer(nn.Linear(4, 4))
+    v = torch.rand(3, 4) + 0.1
+    layer.calibrate_(v)
+    assert layer.health(v)["dead_steps"] == 0
+    with torch.no_grad():
+        layer.weight_quantizer.step[1] = 9.0
+    assert layer.health(v)["dead_steps"] == 0.25
+    assert int(layer.weight_codes()[1].count_nonzero()) == 0
+
+
 @pytest.mark.parametrize("param", ["raw", "softplus"])
 def test_no_update_changes_a_step_by_more_than_its_share(param: Any) -> None:
     torch.manual_seed(0)
