@@ -85,7 +85,7 @@ def comparison_body(sheet: Sheet, costs: Iterable[Costs], subtitle: str) -> str:
 <h2>Accuracy against cost</h2>
 <div class="controls">{_select("goal", "Accuracy", ())}
 <span class="small quiet">A dotted line joins what nothing else beats at the same or a lower cost (the Pareto front).</span></div>
-<div class="even">{charts}</div>
+<div class="even costs">{charts}</div>
 {_table("results", "Results", "One row a configuration; mean ± standard deviation over seeds; a click on a heading sorts")}
 {_table("settings", "Differing keys", "Only the keys in which these configurations differ")}
 <p id="settings-none" hidden>These runs differ in nothing but the seed.</p>

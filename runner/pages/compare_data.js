@@ -56,12 +56,18 @@ const Comparison = (() => {
       const own = keys.filter((key) => !choices.includes(key) && unique(members.map((group) => group.values[key])).length > 1);
       for (const group of members) {
         const words = choices.map((key) => group.values[key] ?? "—");
-        const details = own.map((key) => `${key.split(".").slice(1).join(".") || key}=${group.values[key] ?? "—"}`);
+        const details = own.map((key) => `${key.split(".").slice(1).join(".") || key}=${short(group.values[key])}`);
         const shown = details.length > 3 ? [...details.slice(0, 3), `… ${details.length - 3} more`] : details;
         group.label = [...words, ...shown].join(" ") || base["quant.name"] || group.runs[0].name;
       }
     }
     return groups.sort((a, b) => inOrder(a.label, b.label));
+  }
+
+  // In a label a number needs no more digits than tell it from others.
+  function short(value) {
+    const number = Number(value ?? "x");
+    return Number.isNaN(number) || String(value).length < 9 ? value ?? "—" : String(Number(number.toPrecision(3)));
   }
 
   function groupBy(items, key) {

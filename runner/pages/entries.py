@@ -18,13 +18,8 @@ import pandas as pd
 
 from runner.pages.page import number
 from runner.pages.records import Run
-from runner.pages.settings import flatten, shown
+from runner.pages.settings import NO_SETTINGS, flatten, shown
 
-# Keys that cannot change a number of the result: where things lie, and how a run is shown and saved.
-NO_SETTINGS = frozenset(
-    "mode name outputs checkpoint plugins epochs regime.epochs trainer.checkpoint_every trainer.progress trainer.dashboard "
-    "dataset.root dataset.download dataset.cache dataset.workers dataset.memory quant.kernel".split()
-)
 REMARKS = (".why", ".optional")  # of the rules of a quantizer
 CURVES = ("val_top1", "train_top1", "val_loss", "train_loss", "lr")
 MOST_CURVES = 2_000

@@ -13,6 +13,7 @@ from runner.pages.results import Group, Row, by_task, groups_of, spread
 from runner.pages.settings import flatten, shown
 
 NOT_RUN = "not run"
+MOST_HOLES = 40
 HEADINGS = (
     "network", "data", "quantizer", "epochs", "n", "test accuracy, %", "minus float, points",
     "saved for backward, KiB an image", "peak memory, MiB", "packed, KiB", "training, s an epoch",
@@ -61,7 +62,7 @@ def make_report(rows: Sequence[Row], bench: Sequence[Path]) -> Report:
         discussion=list(discussion(groups, records)),
         pictures=list(pictures(groups, records)),
         tables=list(_settings_tables(groups)),
-        holes=list(_holes(groups, records)),
+        holes=_at_most(MOST_HOLES, list(_holes(groups, records))),
         groups=groups,
     )
 
@@ -77,7 +78,7 @@ def results_table(groups: Sequence[Group]) -> Table:
 def _line(group: Group) -> list[str]:
     difference = "" if group.quant == "none" else str(group.difference() or "no float run")
     return [
-        group.model, group.dataset, group.label, str(group.epochs), str(len(group.rows)),
+        group.model, group.dataset, group.name, str(group.epochs), str(len(group.rows)),
         spread([row["test_top1"] for row in group.rows]), difference,
         _mean(group, "saved_bytes_per_sample", 1024, "{:.1f}"), _mean(group, "peak_memory_bytes", 2**20, "{:,.0f}"),
         _mean(group, "packed_bytes", 1024, "{:,.0f}"), _mean(group, "train_seconds", group.epochs, "{:.1f}"),
@@ -103,7 +104,7 @@ def bench_records(folders: Sequence[Path]) -> Iterable[dict[str, Any]]:
 
 def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:
     """Hyper-parameters that all configurations share, those in which they differ, and what it all was measured on."""
-    configs = {f"{group.model} {group.dataset} {group.label}": _hyper(group) for group in groups}
+    configs = {f"{group.model} {group.dataset} {group.name}": _hyper(group) for group in groups}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     same = {key for key in keys if len({config.get(key) for config in configs.values()}) == 1}
     if keys:
@@ -116,6 +117,8 @@ def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:
     if differing:
         rows = [[key, *(config.get(key, "—") for config in configs.values())] for key in differing]
         yield Table("Hyper-parameters that differ", ["key", *configs], rows)
+    if cut := [[group.name, group.label] for group in groups if group.name != group.label]:
+        yield Table("Names in full", ["name", "settings"], cut)
     rows = [
         [key, ", ".join(sorted({str(row.get(key, "")) for group in groups for row in group.rows}))]
         for key in ENVIRONMENT
@@ -135,17 +138,21 @@ def _hyper(group: Group) -> dict[str, str]:
     return {"epochs": str(group.epochs)} | said
 
 
+def _at_most(most: int, items: list[str]) -> list[str]:
+    return items if len(items) <= most else [*items[:most], f"and {len(items) - most} more"]
+
+
 def _holes(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[str]:
     """Configurations that other networks, data sets or seeds have, and benchmarks that were not run."""
-    labels = list(dict.fromkeys(group.label for group in groups))
-    for (model, dataset, epochs), members in by_task(groups):
-        here = {group.label: {row["seed"] for row in group.rows} for group in members}
-        seeds = sorted(set().union(*here.values()))
-        for label in labels:
-            if label not in here:
-                yield f"{model}, {dataset}, {epochs} epochs, {label}: {NOT_RUN}"
-            elif lost := [seed for seed in seeds if seed not in here[label]]:
-                yield f"{model}, {dataset}, {epochs} epochs, {label}, seed {', '.join(map(str, lost))}: {NOT_RUN}"
     for kind in ("conv", "step"):
         if all(record["kind"] != kind for record in records):
             yield f"bench {kind}: {NOT_RUN}"
+    names = {group.label: group.name for group in groups}
+    for (model, dataset, epochs), members in by_task(groups):
+        here = {group.label: {row["seed"] for row in group.rows} for group in members}
+        seeds = sorted(set().union(*here.values()))
+        for label, name in names.items():
+            if label not in here:
+                yield f"{model}, {dataset}, {epochs} epochs, {name}: {NOT_RUN}"
+            elif lost := [seed for seed in seeds if seed not in here[label]]:
+                yield f"{model}, {dataset}, {epochs} epochs, {name}, seed {', '.join(map(str, lost))}: {NOT_RUN}"

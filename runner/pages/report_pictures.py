@@ -60,7 +60,7 @@ def _point(cost: float, group: Group) -> svg.Series:
 
 def _short(group: Group) -> str:
     """As short as it can stand beside a point: W and A are the bits of weights and activations."""
-    short = group.label.replace("quant.", "").replace("weight_bits=", "W").replace("act_bits=", "A")
+    short = group.name.replace("quant.", "").replace("weight_bits=", "W").replace("act_bits=", "A")
     return "float32" if short == "none" else short
 
 

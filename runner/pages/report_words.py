@@ -27,16 +27,16 @@ def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
         return
     ordered = sorted(low_bit, key=lambda pair: -pair[0].mean)
     best, worst = ordered[0], ordered[-1]
-    yield f"Of the others the best is {best[1].label} ({best[0]} points, n = {best[0].n})."
+    yield f"Of the others the best is {best[1].name} ({best[0]} points, n = {best[0].n})."
     if worst is not best:
-        yield f"The last is {worst[1].label} ({worst[0]} points, n = {worst[0].n})."
-    told = [group.label for difference, group in ordered if difference.certain]
-    same = [group.label for difference, group in ordered if difference.half is not None and not difference.certain]
+        yield f"The last is {worst[1].name} ({worst[0]} points, n = {worst[0].n})."
+    told = [group.name for difference, group in ordered if difference.certain]
+    same = [group.name for difference, group in ordered if difference.half is not None and not difference.certain]
     if told:
         yield f"The 95 % interval of the difference leaves out 0 for {_listed(told)}."
     if same:
         yield f"With these seeds {_listed(same)} cannot be told from float."
-    few = [group.label for difference, group in ordered if difference.half is None]
+    few = [group.name for difference, group in ordered if difference.half is None]
     if few:
         yield f"Too few seeds for an interval: {_listed(few)}."
 
@@ -52,12 +52,12 @@ def _about_cost(members: Sequence[Group]) -> Iterable[str]:
         least, group = min(known, key=lambda pair: pair[0])
         usual = base.mean(key) if base else None
         ratio = f", {usual / least:.1f} times less than float" if usual and group is not base and least else ""
-        yield f"{words} {group.label}: {least / unit:,.1f} {name}{ratio}."
+        yield f"{words} {group.name}: {least / unit:,.1f} {name}{ratio}."
     times = [(mean / group.epochs, group) for group in members if (mean := group.mean("train_seconds"))]
     machines = {tuple(str(row.get(key)) for key in ("cpu", "threads")) for group in members for row in group.rows}
     if len(times) > 1 and len(machines) == 1:
         (fast, first), (slow, last) = min(times, key=lambda p: p[0]), max(times, key=lambda p: p[0])
-        yield f"An epoch took from {fast:.1f} s ({first.label}) to {slow:.1f} s ({last.label})."
+        yield f"An epoch took from {fast:.1f} s ({first.name}) to {slow:.1f} s ({last.name})."
 
 
 def _about_bench(record: dict[str, Any]) -> str:

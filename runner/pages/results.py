@@ -6,6 +6,7 @@ A difference to float is paired by seed, with a 95 % confidence interval (Studen
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,6 +15,7 @@ from typing import Any
 
 from runner.faults import ConfigError, Fault
 from runner.pages.records import find_runs
+from runner.pages.settings import NO_SETTINGS
 
 ROW = (
     "model", "dataset", "quant", "settings", "seed", "epochs", "test_top1", "best_val_top1", "train_seconds", "images_per_s",
@@ -29,6 +31,7 @@ NUMBERS = {
     "packed_bytes",
     "peak_memory_bytes",
 }
+LONGEST = 56  # letters of a name
 Row = dict[str, Any]
 
 
@@ -70,20 +73,30 @@ def _row(folder: Path) -> Row | None:
     try:
         summary = json.loads((folder / "summary.json").read_bytes())
         environment = summary["environment"]
-        words = [
-            word
-            for word in summary["command"]
-            if word.startswith(("quant.", "regularizer", "classifier", "trainer.ema"))
-        ]
         facts = {key: environment.get(key, "") for key in ("cpu", "threads", "torch", "code")}
         own = {key: summary[key] for key in ROW if key in summary and key != "command"}
         return (
             own
             | facts
-            | {"settings": " ".join(sorted(words)), "command": _public(summary["command"]), "folder": folder}
+            | {"settings": _settings(summary["command"]), "command": _public(summary["command"]), "folder": folder}
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _settings(command: Sequence[str]) -> str:
+    """What was set beside the columns of a row, as far as it can change a number."""
+    told = NO_SETTINGS | {
+        "model",
+        "dataset",
+        "quant",
+        "seed",
+        "seeds",
+        "trainer.epochs",
+        "trainer.threads",
+        "trainer.device",
+    }
+    return " ".join(sorted(word for word in command if "=" in word and word.partition("=")[0].lstrip("+") not in told))
 
 
 def _public(command: Sequence[str]) -> str:
@@ -121,11 +134,18 @@ class Group:
     settings: str
     rows: list[Row]
     floats: list[Row] = field(default_factory=list)
+    number: int = 0  # among all groups: what tells long names from each other
 
     @property
     def label(self) -> str:
         """The quantizer and what was set of it."""
         return " ".join(filter(None, [self.quant, self.settings]))
+
+    @property
+    def name(self) -> str:
+        """The label, as long as it can stand in a sentence or beside a point."""
+        label = re.sub(r"\d+\.\d{5,}(e-?\d+)?", lambda found: f"{float(found[0]):.4g}", self.label)
+        return label if len(label) <= LONGEST else f"{label[: LONGEST - 10]}… ({self.number})"
 
     @property
     def task(self) -> tuple[str, str, int]:
@@ -186,8 +206,8 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
         model, dataset, epochs, quant, settings = _configuration(row)
         groups.setdefault(_configuration(row), Group(model, dataset, epochs, quant, settings, [])).rows.append(row)
     floats = {group.task: group.rows for group in groups.values() if group.quant == "none" and not group.settings}
-    for group in groups.values():
-        group.floats = floats.get(group.task, [])
+    for number, group in enumerate(groups.values(), 1):
+        group.floats, group.number = floats.get(group.task, []), number
     return list(groups.values())
 
 

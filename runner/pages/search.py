@@ -36,9 +36,10 @@ def write_search_page(folder: Path) -> Path:
     words = [name for name in dimensions if any(isinstance(row[name], str) and row[name] for row in rows)]
     states = [str(row["state"]) for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    reasons = ["reason"] if any(row["reason"] for row in rows) else []
     columns = [
         Column(name, _heading(name), name not in ("state", "best", "run", "reason", *words), name == "reason")
-        for name in ["trial", "state", "best", *goals, *dimensions, "run", "reason"]
+        for name in ["trial", "state", "best", *goals, *dimensions, "run", *reasons]
     ]
     shown = [row | {goal: _scaled(row, goal) for goal in goals} for row in rows]
     numbers = table(columns, shown, "All trials; a click on a heading sorts", sortable=True, tall=True)
@@ -58,8 +59,9 @@ def _charts(sheet: Sheet, rows: list[Row], goals: list[str], dimensions: list[st
     return f'<p class="small quiet">{BEST[len(goals) > 1]}</p><div class="even">{charts}</div>'
 
 
-def _heading(name: str) -> str:
-    title, unit, _ = TITLES.get(name, (name.replace("_", " "), "", 1.0))
+def _heading(name: str, in_text: bool = False) -> str:
+    title, unit, _ = TITLES.get(name, (name, "", 1.0))
+    title = title.lower() if in_text else title
     return f"{title} ({unit})" if unit else title
 
 
@@ -89,7 +91,9 @@ def _front(sheet: Sheet, rows: list[Row], goal: str, cost: str) -> str:
     ]
     _points(plot, rows, cost, goal)
     summary = f"{len(rows)} trials, {len(front)} of them on the Pareto front; the numbers are in the table."
-    return sheet.host(plot, f"front-{cost}", f"{_heading(goal)} against {_heading(cost).lower()}", "major", summary, [])
+    return sheet.host(
+        plot, f"front-{cost}", f"{_heading(goal)} against {_heading(cost, in_text=True)}", "major", summary, []
+    )
 
 
 def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str) -> str:
@@ -104,7 +108,7 @@ def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str) -> str:
 
 def _plot(x: str, y: str, logarithmic: bool = False) -> figure:
     plot = figure(
-        x_range=DataRange1d(range_padding=0.1), y_range=DataRange1d(range_padding=0.1), tools="", toolbar_location=None,
+        x_range=DataRange1d(range_padding=0.1), y_range=DataRange1d(range_padding=0.2), tools="", toolbar_location=None,
         x_axis_type="log" if logarithmic else "auto", sizing_mode="stretch_both", background_fill_alpha=0,
         border_fill_alpha=0, outline_line_alpha=0, min_border_left=56, min_border_right=14,
     )  # fmt: skip

@@ -6,6 +6,11 @@ from functools import lru_cache
 
 MOST_KEYS = 2_000
 CHOSEN = ("model", "quant", "dataset")
+# Keys that cannot change a number of the result: where things lie, and how a run is shown and saved.
+NO_SETTINGS = frozenset(
+    "mode name outputs checkpoint plugins epochs regime.epochs trainer.checkpoint_every trainer.progress trainer.dashboard "
+    "dataset.root dataset.download dataset.cache dataset.workers dataset.memory quant.kernel".split()
+)
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -35,13 +40,18 @@ def usual_settings(config: Mapping[str, object]) -> Mapping[str, object]:
 @lru_cache(maxsize=64)
 def _composed(*names: str) -> Mapping[str, object]:
     from runner.compose import choices_of, compose_words
+    from runner.config import check, flat
+    from runner.faults import ConfigError
 
     choices = choices_of()
-    raw = compose_words(
-        [f"{group}={name}" for group, name in zip(CHOSEN, names, strict=True) if name in choices[group]]
-    ).raw
-    raw["trainer"]["epochs"] = raw["regime"]["epochs"]
-    return raw
+    words = [f"{group}={name}" for group, name in zip(CHOSEN, names, strict=True) if name in choices[group]]
+    composed = compose_words(words)
+    raw = composed.raw
+    asked = {**raw, "dataset": {**raw["dataset"], **({"download": True} if "download" in raw["dataset"] else {})}}
+    try:  # what a check fills in stands in the config of a run, too; its data need not be here
+        return flat(check(asked, skip=composed.wrong)) | flatten({"dataset": raw["dataset"]})
+    except ConfigError:
+        return raw | {"trainer": raw["trainer"] | {"epochs": raw["regime"]["epochs"]}}
 
 
 def shown(value: object) -> str:

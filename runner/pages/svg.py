@@ -207,7 +207,7 @@ def _drawn(series: Series, index: int, x: Scale, y: Scale) -> Iterable[str]:
 
 
 def _labels(series: Sequence[Series], front: Sequence[tuple[float, float]], x: Scale, y: Scale) -> Iterable[str]:
-    """Names beside points: to the right, left, above or below, wherever nothing else is written yet."""
+    """Names beside points: to the right, left, above or below, wherever nothing else is written yet; none in a crowd."""
     taken = [(x(a) - 6, y(b) - 6, x(a) + 6, y(b) + 6) for s in series for a, b in zip(s.x, s.y, strict=True)]
     taken += [(x(s.x[0]) - 2, y(s.high[0]), x(s.x[0]) + 2, y(s.low[0])) for s in series if len(s.high) and len(s.low)]
     taken += [(x(a), y(b) - 1, x(c), y(b) + 1) for (a, b), (c, _) in pairwise(front)]
@@ -216,9 +216,11 @@ def _labels(series: Sequence[Series], front: Sequence[tuple[float, float]], x: S
         a, b = x(one.x[0]), y(one.y[0])
         rows = [0, -13, 13, -26, 26, -39, 39, -52, 52]
         spots = [(a + 9 if right else a - 9 - width, b + row) for row in rows for right in (True, False)]
-        inside = [spot for spot in spots if spot[0] >= LEFT and spot[0] + width <= WIDTH - 4]
+        inside = [s for s in spots if s[0] >= LEFT and s[0] + width <= WIDTH - 4 and y.end + 6 <= s[1] <= y.start - 6]
         free = [s for s in inside if not any(_overlap((s[0], s[1] - 6, s[0] + width, s[1] + 6), box) for box in taken)]
-        left, middle = next(iter(free or inside or spots))
+        if not free:
+            continue
+        left, middle = free[0]
         taken.append((left, middle - 6, left + width, middle + 6))
         yield f'<text class="label" x="{left:.1f}" y="{middle + 4:.1f}">{escape(one.label)}</text>'
 
