@@ -56,4 +56,4 @@ def _image(path: Path, model: "PackedModel") -> "Tensor":
     except BadImageError as bad:
         raise BadData(f"{path}: {bad.reason}") from bad
     normalise = Normalise.of(take.mean, take.std, torch.device("cpu"))
-    return resize(normalise(torch.from_numpy(pixels)[None]), take.size)
+    return resize(normalise(torch.tensor(pixels)[None]), take.size)
