@@ -63,18 +63,33 @@ class Browser:
         return dict(json.loads(message))
 
     def open(
-        self, path: Path, *, scheme: str = "light", width: int = 1280, height: int = 900, waits: bool = True
+        self, page: Path | str, *, scheme: str = "light", width: int = 1280, height: int = 900, waits: bool = True
     ) -> None:
-        """Open a file and wait until its script says that it is ready, or where it has none, until it is loaded."""
+        """Open a file or an address and wait until its script says that it is ready, or where it has none, until it is loaded."""
+        url = page if isinstance(page, str) else page.resolve().as_uri()
         self.log.clear()
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        here = f"location.href === {json.dumps(path.resolve().as_uri())}"
+        self.call("Page.navigate", url=url)
+        here = f"location.href === {json.dumps(url)}"
         ready = (
             "'ready' in (document.documentElement?.dataset ?? {})" if waits else "document.readyState === 'complete'"
         )
         self.wait_for(f"{here} && {ready}")
+
+    def picture(self, path: Path) -> None:
+        """A PNG of what the window shows."""
+        self.wait_for("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def hover(self, x: float, y: float) -> None:
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def box(self, selector: str) -> dict[str, float]:
+        """Where an element is, brought into sight."""
+        found = f"document.querySelector({json.dumps(selector)})"
+        place = f"(e => (e.scrollIntoView({{block: 'center'}}), e.getBoundingClientRect().toJSON()))({found})"
+        return dict(self.ask(place))
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
@@ -118,7 +133,7 @@ def picture(page: Path, path: Path, *, scheme: str = "light", width: int = 1280,
     try:
         browser.open(page, scheme=scheme, width=width, height=height)
         time.sleep(1)  # the canvases are drawn in the frames after the page says that it is ready
-        path.write_bytes(base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"]))
+        browser.picture(path)
     finally:
         browser.close()
 

@@ -7,6 +7,7 @@ charts and tables, and does it again whenever a filter changes or, on a live pag
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from bokeh.models import ColumnDataSource
 
@@ -28,7 +29,7 @@ AXES = ("epoch", "step", "time")
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     """Write one page that compares the runs; links lead to the pages in their folders."""
     place = path.parent.resolve()
-    entries = entries_of(folders, lambda folder: os.path.relpath(folder.resolve() / "dashboard.html", place))
+    entries = entries_of(folders, lambda folder: quote(os.path.relpath(folder.resolve() / "dashboard.html", place)))
     sheet = Sheet({})
     body = comparison_body(sheet, [entry["costs"] for entry in entries], f"{len(entries):,} runs")
     base = base_of(entry["settings"] for entry in entries)

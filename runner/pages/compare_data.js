@@ -3,6 +3,7 @@
 // Pure functions of plain data; see runner/pages/entries.py for what a row holds.
 const Comparison = (() => {
   const CHOICES = ["model.name", "quant.name", "dataset.name", "classifier.name", "regularizer.name"];
+  const MOST_IN_LABEL = 3;
   const valueOf = (run, key, base) => key === "state" ? run.state : key in run.settings ? run.settings[key] : base[key] ?? null;
   const known = (values) => values.filter((value) => value !== null && value !== undefined);
   const unique = (values) => [...new Set(values)];
@@ -53,15 +54,30 @@ const Comparison = (() => {
     const family = (group) => JSON.stringify(choices.map((key) => group.values[key]));
     const families = Map.groupBy ? Map.groupBy(groups, family) : groupBy(groups, family);
     for (const members of families.values()) {
-      const own = keys.filter((key) => !choices.includes(key) && unique(members.map((group) => group.values[key])).length > 1);
+      const own = telling(members, keys.filter((key) => !choices.includes(key)));
+      const taken = new Map();
       for (const group of members) {
         const words = choices.map((key) => group.values[key] ?? "—");
         const details = own.map((key) => `${key.split(".").slice(1).join(".") || key}=${short(group.values[key])}`);
-        const shown = details.length > 3 ? [...details.slice(0, 3), `… ${details.length - 3} more`] : details;
-        group.label = [...words, ...shown].join(" ") || base["quant.name"] || group.runs[0].name;
+        const label = [...words, ...details].join(" ") || base["quant.name"] || group.runs[0].name;
+        taken.set(label, (taken.get(label) ?? 0) + 1);
+        group.label = taken.get(label) > 1 ? `${label} (${taken.get(label)})` : label;
       }
     }
     return groups.sort((a, b) => inOrder(a.label, b.label));
+  }
+
+  // The keys in which groups differ; where these are many, the few that tell the groups apart.
+  function telling(groups, keys) {
+    const kinds = (some) => unique(groups.map((group) => JSON.stringify(some.map((key) => group.values[key])))).length;
+    const differing = keys.filter((key) => kinds([key]) > 1);
+    if (differing.length <= MOST_IN_LABEL) return differing;
+    const chosen = [];
+    while (chosen.length < MOST_IN_LABEL && kinds(chosen) < groups.length) {
+      const gains = differing.map((key) => kinds([...chosen, key]));
+      chosen.push(differing[gains.indexOf(Math.max(...gains))]);
+    }
+    return chosen;
   }
 
   // In a label a number needs no more digits than tell it from others.

@@ -181,8 +181,9 @@ class Sheet:
             plot.extra_y_ranges = {"unit": Range1d(start=0, end=1)}
             edge, baseline = (1, "top") if names == "above" else (0, "bottom")
             label = plot.text(
-                "left", edge, "label", source=self.phase_source, y_range_name="unit", text_baseline=baseline,
-                text_font=value("system-ui, sans-serif"), text_font_size="12px", x_offset=4, y_offset=6 if edge else -4,
+                "right", edge, "label", source=self.phase_source, y_range_name="unit", text_baseline=baseline,
+                text_font=value("system-ui, sans-serif"), text_font_size="12px", text_align="right",
+                x_offset=-4, y_offset=6 if edge else -4,
             )  # fmt: skip
             label.tags = ["quiet"]
 

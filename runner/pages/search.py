@@ -55,7 +55,8 @@ def _charts(sheet: Sheet, rows: list[Row], goals: list[str], dimensions: list[st
     if len(goals) > 1:
         charts = "".join(_front(sheet, rows, goals[0], cost) for cost in goals[1:])
     else:
-        charts = "".join(_slice(sheet, rows, goals[0], name) for name in ["trial", *dimensions])
+        drawn = [name for name in ("trial", *dimensions) if any(isinstance(row[name], float) for row in rows)]
+        charts = "".join(_slice(sheet, rows, goals[0], name, str(index)) for index, name in enumerate(drawn))
     return f'<p class="small quiet">{BEST[len(goals) > 1]}</p><div class="even">{charts}</div>'
 
 
@@ -96,14 +97,14 @@ def _front(sheet: Sheet, rows: list[Row], goal: str, cost: str) -> str:
     )
 
 
-def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str) -> str:
+def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str, key: str) -> str:
     """What was reached with each value of one dimension."""
     shown = [row for row in rows if isinstance(row[name], float)]
     values = [float(row[name]) for row in shown]
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 20 and name != "trial"
     plot = _plot(name, _heading(goal), logarithmic)
     _points(plot, shown, name, goal)
-    return sheet.host(plot, f"slice-{name}", name, "minor", f"{_heading(goal)} of every trial against {name}.", [])
+    return sheet.host(plot, f"slice-{key}", name, "minor", f"{_heading(goal)} of every trial against {name}.", [])
 
 
 def _plot(x: str, y: str, logarithmic: bool = False) -> figure:
