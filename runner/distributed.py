@@ -15,18 +15,11 @@ A model whose weights, gradients and optimizer state do not fit one GPU would ne
 (ResNet-50 in float32 with momentum takes 0.3 GB, so nothing here does).
 """
 
-import os
 import re
-import signal
-import socket
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -34,25 +27,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from runner.faults import ConfigError, Exit, Fault, RunnerError
+from runner.faults import ConfigError, Fault
+from runner.meeting import RankLost, meet
 from runner.ranks import Place
 from runner.synced_norm import synced_
+from runner.watchdog import LONG, Watchdog
 
 T = TypeVar("T")
-PATIENCE = 20.0  # seconds without a step after which a rank is taken to hang
-STEPS = 10  # or so many times the longest step, where that is more
-TICK = 1.0  # seconds between two looks
-BUSY = 2  # hundredths of a second of processor time between two looks: somebody computes
-LONG = 3600.0  # seconds for what is no step: reading data, compiling, saving
 LOST = re.compile(
     r"gloo|nccl|ProcessGroup|Connection (closed|reset|refused)|Timed out|recvValue|Broken pipe", re.IGNORECASE
 )
-
-
-class RankLost(RunnerError):
-    """Another rank is gone or hangs; the folder is whole, and the same command goes on from its last checkpoint."""
-
-    code = Exit.PREEMPTED
 
 
 @dataclass(frozen=True)
@@ -70,7 +54,7 @@ class World:
     """The processes of this training. Every method is a plain one where there is only one."""
 
     place: Place = field(default_factory=Place)
-    watch: "Watchdog | None" = None
+    watch: Watchdog | None = None
     model: DistributedDataParallel | None = None
 
     @property
@@ -184,10 +168,10 @@ class World:
             return RankLost("another rank is gone; run the same command again to go on from the last checkpoint")
         return error
 
-    def leave(self) -> None:
-        """Nobody waits for this rank any more."""
+    def leave(self, done: bool = False) -> None:
+        """This rank waits for nobody any more; with `done`, nobody for it."""
         if self.watch is not None:
-            self.watch.stop()
+            self.watch.stop(done)
 
 
 def seed_rank(seed: int, place: Place, step: int = 0) -> None:
@@ -213,71 +197,14 @@ def join(place: Place, device: torch.device, last_words: Callable[[str], None]) 
     """Meet the other ranks. `last_words` is called, with the reason, before a rank leaves because another one hangs."""
     if place.size == 1:
         return World(place)
+    meeting = meet(place)
+    world = World(place, Watchdog(meeting, place.rank, last_words, looks_at_cpu=device.type == "cpu"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=LONG))
-    world = World(place)
-    siblings = [
-        pid for host, pid in world.gathered((socket.gethostname(), os.getpid())) if host == socket.gethostname()
-    ]
-    others = [pid for pid in siblings if pid != os.getpid()]
-    world.watch = Watchdog(others, last_words, looks_at_cpu=device.type == "cpu")
+    try:
+        dist.init_process_group(
+            backend, store=meeting.store, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=LONG)
+        )
+    except BaseException:
+        world.leave()
+        raise
     return world
-
-
-class Watchdog:
-    """A thread that ends this training when nothing moves: then some rank hangs, and waiting for it would be for ever.
-
-    It counts its own ticks and no clock, so that a machine that slept, or a process that was frozen, is not taken to hang.
-    While ranks of this host compute (`looks_at_cpu`), ticks count a tenth: a crowded machine is slow and does not hang.
-    """
-
-    def __init__(self, siblings: list[int], last_words: Callable[[str], None], looks_at_cpu: bool) -> None:
-        self.siblings, self.last_words, self.looks_at_cpu = siblings, last_words, looks_at_cpu
-        self.limit, self.longest = LONG, 0.0  # the first step of a process compiles, loads and fills caches
-        self.idle, self.over = 0.0, threading.Event()
-        threading.Thread(target=self._look, daemon=True, name="watchdog").start()
-
-    def alive(self) -> None:
-        if self.limit < LONG:
-            self.longest = max(self.longest, self.idle)
-        self.idle, self.limit = 0.0, max(PATIENCE, STEPS * self.longest)
-
-    @contextmanager
-    def long(self) -> Iterator[None]:
-        before, self.limit = self.limit, LONG
-        try:
-            yield
-        finally:
-            self.idle, self.limit = 0.0, before
-
-    def stop(self) -> None:
-        self.over.set()
-
-    def _look(self) -> None:
-        before, worked = time.monotonic(), self._cpu_ticks()
-        while not self.over.wait(TICK):
-            now, working = time.monotonic(), self._cpu_ticks()
-            slow = 0.1 if working - worked > BUSY else 1.0
-            self.idle += slow * min(now - before, 2 * TICK)
-            before, worked = now, working
-            if self.idle > self.limit:
-                self._give_up()
-
-    def _cpu_ticks(self) -> int:
-        """Processor time of the ranks of this host so far, in hundredths of a second; 0 where nobody says."""
-        total = 0
-        for pid in [os.getpid(), *self.siblings] if self.looks_at_cpu else []:
-            with suppress(OSError, ValueError, IndexError):
-                fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-                total += int(fields[11]) + int(fields[12])
-        return total
-
-    def _give_up(self) -> None:
-        reason = f"no rank moved for {self.limit:.0f} s: one of them hangs; run the same command again to go on"
-        print(f"runner: {reason}", file=sys.stderr, flush=True)
-        with suppress(Exception):
-            self.last_words(reason)
-        for pid in self.siblings:  # one that is stopped would not follow the agent's TERM
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        os._exit(Exit.PREEMPTED)

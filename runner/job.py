@@ -18,12 +18,13 @@ from quant.saved import saved_bytes_per_sample
 from runner.columns import LAYERS
 from runner.config import config_hash, flat
 from runner.cost import Cost, cost_of
-from runner.distributed import RankLost, World, device_of, join
+from runner.distributed import World, device_of, join
 from runner.environment import environment, peak_memory_bytes, pick_device, prepare
 from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, StorageError, exit_code
 from runner.files import write_atomic, write_json
 from runner.folder import RunFolder, done_already, run_path
 from runner.log import cell
+from runner.meeting import RankLost
 from runner.pages.command import open_live
 from runner.preflight import refuse_misfits
 from runner.ranks import Place, folder_for
@@ -87,7 +88,6 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
         raise blamed from (None if blamed is error else error)
     finally:
         folder.close()
-    world.leave()
     if world.first:
         _draw(path, config, screen)
         screen.point_to(path)
@@ -184,6 +184,7 @@ def _conclude(run: Run, cost: Cost) -> None:
     if run.config.trainer.select == "val" and run.best:
         run.evaluated.load_state_dict(run.best)
     test = evaluate(run.evaluated, run.data.test, run.sizes(run.config.total_epochs - 1), run.check, run.world)
+    run.world.leave(done=True)
     if not run.world.first:
         return
     save_weights(run.folder.path / "weights.safetensors", run.evaluated.state_dict(), flat(run.config))

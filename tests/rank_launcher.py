@@ -1,9 +1,10 @@
 """Several ranks of one training as forks of one process that has loaded torch once: what torchrun does, in a tenth of the time.
 
-    python -m tests.rank_launcher '[{"place": …, "ranks": 3, "words": […], "signal": 9, "to": [1], "patience": 3}, …]'
+    echo '{"place": …, "ranks": 3, "words": […], "signal": 9, "to": [1], "patience": 3}' | python -m tests.rank_launcher
 
-Every launch runs to its end, or until `signal` was sent to the ranks `to` after the first checkpoint. Prints a JSON list with
-the exit codes, and the seconds from the signal to the end of the last rank.
+Every line of the standard input is a launch. It runs to its end, or until `signal` was sent to the ranks `to` after the first
+checkpoint, or, with `at`, until these ranks stop as by SIGSTOP where they come to that method of World. The answer is a line
+of JSON: the exit codes, and the seconds from the disturbance to the end of the last rank.
 """
 
 import json
@@ -11,25 +12,37 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-import runner.distributed
+import runner.watchdog
 from runner.compose import config_from, split_options
+from runner.distributed import World
 from runner.faults import exit_code
 from runner.folder import run_path
 from runner.job import train
+from runner.parent import end_with_parent
 
-LIMIT = 240.0  # seconds for one launch
+LIMIT = 90.0  # seconds for one launch
+
+
+def warm_up(words: list[str]) -> None:
+    """One step of a training in this process: what its forks would all load, they have."""
+    with tempfile.TemporaryDirectory() as place, chdir(place):
+        train(config_from(*split_options([*words, "trainer.max_steps=1", "trainer.progress=none"])))
 
 
 def rank(launch: dict[str, Any], number: int, port: int) -> int:
     """The life of one rank."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(launch["ranks"])}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    runner.distributed.PATIENCE = launch.get("patience", runner.distributed.PATIENCE)
+    runner.watchdog.PATIENCE = launch.get("patience", runner.watchdog.PATIENCE)
+    if "at" in launch and number in launch["to"]:
+        stop_at(launch["at"])
     log = os.open(f"rank-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -41,38 +54,55 @@ def rank(launch: dict[str, Any], number: int, port: int) -> int:
     return 0
 
 
+def stop_at(moment: str) -> None:
+    """This process stops when it comes to a method of World."""
+    method = getattr(World, moment)
+
+    def stopped(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return method(*arguments, **named)
+
+    setattr(World, moment, stopped)
+
+
 def run(launch: dict[str, Any]) -> dict[str, Any]:
     """Fork the ranks, disturb them where that is asked for, and wait for all."""
     Path(launch["place"]).mkdir(parents=True, exist_ok=True)
     os.chdir(launch["place"])
-    port, children = free_port(), list[int]()
+    port, children, launcher = free_port(), list[int](), os.getpid()
     for number in range(launch["ranks"]):
         child = os.fork()
         if not child:
             code = 70
+            end_with_parent(launcher)
             try:
                 code = rank(launch, number, port)
             finally:
                 os._exit(code)
         children.append(child)
-    sent = disturb(launch, children) if "signal" in launch else time.monotonic()
-    codes = [finished(child) for child in children]
+    deadline = time.monotonic() + LIMIT
+    sent = disturb(launch, children, deadline) if {"signal", "at"} & set(launch) else time.monotonic()
+    codes = [finished(child, deadline) for child in children]
     return {"codes": codes, "seconds": time.monotonic() - sent}
 
 
-def disturb(launch: dict[str, Any], children: list[int]) -> float:
-    """Send the signal once there is a checkpoint; when that was."""
-    folder = run_path(config_from(*split_options(launch["words"])))
-    deadline = time.monotonic() + LIMIT
-    while not list(folder.glob("checkpoints/step-*.json")) and time.monotonic() < deadline:
+def disturb(launch: dict[str, Any], children: list[int], deadline: float) -> float:
+    """Send the signal once there is a checkpoint, or wait until the ranks have stopped themselves; when that was."""
+    folder, to = run_path(config_from(*split_options(launch["words"]))), [children[number] for number in launch["to"]]
+    while time.monotonic() < deadline:
+        if all(is_stopped(pid) for pid in to) if "at" in launch else any(folder.glob("checkpoints/step-*.json")):
+            break
         time.sleep(0.005)
-    for number in launch["to"]:
-        os.kill(children[number], launch["signal"])
+    for pid in to if "signal" in launch else []:
+        os.kill(pid, launch["signal"])
     return time.monotonic()
 
 
-def finished(child: int) -> int:
-    deadline = time.monotonic() + LIMIT
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
+
+
+def finished(child: int, deadline: float) -> int:
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
@@ -90,4 +120,6 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps([run(launch) for launch in json.loads(sys.argv[1])]))
+    warm_up(sys.argv[1:])
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from select import select
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from runner.folder import run_path, status_of
 from runner.ranks import Place
 from tests.torture.scenarios import fingerprint
 
+Launched = Callable[..., list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = "trainer.progress=plain trainer.dashboard=none trainer.threads=1 trainer.device=cpu".split()
 DATA = "dataset=synthetic dataset.size=12 dataset.channels=1 dataset.test_samples=17 dataset.classes=4".split()
@@ -39,14 +42,27 @@ HARD += ["regime.phases=[{epoch: 0, optimizer: Adam, lr: 0.01}, {epoch: 5, optim
 HARD += ["epochs=12", "trainer.checkpoint_every=4"]
 
 
-def launched(*launches: dict[str, Any]) -> list[dict[str, Any]]:
-    """What came of each launch."""
+@pytest.fixture(scope="module")
+def launched() -> Iterator[Launched]:
+    """Gives what came of each launch, see tests/rank_launcher.py."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.rank_launcher", json.dumps(launches, default=str)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    command = [sys.executable, "-m", "tests.rank_launcher", *HARD]
+    launcher = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    asked, told = launcher.stdin, launcher.stdout
+    assert asked is not None
+    assert told is not None
+
+    def launch(*launches: dict[str, Any]) -> list[dict[str, Any]]:
+        ended = []
+        for one in launches:
+            asked.write(json.dumps(one, default=str).encode() + b"\n")
+            assert select([told], [], [], 110)[0], "the launcher hangs"
+            ended.append(json.loads(told.readline()))
+        return ended
+
+    yield launch
+    launcher.kill()
+    launcher.wait()
 
 
 def folder(place: Path, words: list[str]) -> Path:
@@ -69,7 +85,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 SGD = "regime.phases=[{epoch: 0, optimizer: SGD, lr: 0.05, momentum: 0.9}]"  # Adam makes steps of rounding errors, too
 
 
-def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_path: Path) -> None:
+def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_path: Path, launched: Launched) -> None:
     words = [*PLAIN, "quant=none", "epochs=4", "batch_size=10", SGD]
     done = launched(*({"place": tmp_path / str(ranks), "ranks": ranks, "words": words} for ranks in (1, 2)))
     assert [one["codes"] for one in done] == [[0], [0, 0]], said(tmp_path / "2")
@@ -81,7 +97,9 @@ def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_pat
 
 
 @pytest.mark.parametrize("quant", ["lsq", "xnor"])
-def test_what_is_set_before_the_first_step_agrees_with_one_process(tmp_path: Path, quant: str) -> None:
+def test_what_is_set_before_the_first_step_agrees_with_one_process(
+    tmp_path: Path, launched: Launched, quant: str
+) -> None:
     words = [*PLAIN, f"quant={quant}", "trainer.max_steps=1", "batch_size=10", SGD]
     launched(*({"place": tmp_path / str(ranks), "ranks": ranks, "words": words} for ranks in (1, 2)))
     alone, together = (load_weights(folder(tmp_path / str(ranks), words)) for ranks in (1, 2))
@@ -91,7 +109,9 @@ def test_what_is_set_before_the_first_step_agrees_with_one_process(tmp_path: Pat
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_a_killed_training_of_several_ranks_resumes_to_the_last_bit(tmp_path: Path, ranks: int) -> None:
+def test_a_killed_training_of_several_ranks_resumes_to_the_last_bit(
+    tmp_path: Path, launched: Launched, ranks: int
+) -> None:
     left_alone = {"place": tmp_path / "alone", "ranks": ranks, "words": HARD}
     killed = {
         "place": tmp_path / "killed",
@@ -113,29 +133,35 @@ def test_a_killed_training_of_several_ranks_resumes_to_the_last_bit(tmp_path: Pa
     assert [path.name for path in (tmp_path / "killed" / "outputs" / "runs").iterdir()] == [folder(tmp_path, HARD).name]
 
 
-def test_a_stop_of_one_rank_is_a_stop_of_all_and_saves(tmp_path: Path) -> None:
-    launch = {"place": tmp_path, "ranks": 2, "words": [*HARD, "epochs=400"], "signal": signal.SIGTERM, "to": [1]}
-    (done,) = launched(launch)
+def test_a_stop_of_one_rank_is_a_stop_of_all_and_saves(tmp_path: Path, launched: Launched) -> None:
+    words = [*HARD, "epochs=400"]
+    (done,) = launched({"place": tmp_path, "ranks": 2, "words": words, "signal": signal.SIGTERM, "to": [1]})
     assert done["codes"] == [75, 75], said(tmp_path)
-    assert status_of(folder(tmp_path, launch["words"]))["state"] == "preempted"
+    assert status_of(folder(tmp_path, words))["state"] == "preempted"
 
 
-@pytest.mark.parametrize(("sent", "to"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
+@pytest.mark.parametrize(
+    "disturbances",
+    [
+        [{"signal": signal.SIGKILL, "to": [1]}, {"signal": signal.SIGSTOP, "to": [0]}],
+        [{"at": "wrap", "to": [1]}, {"at": "pause", "to": [1]}, {"at": "pause", "to": [0]}],
+    ],
+    ids=["in steps", "before the first step and at a checkpoint"],
+)
 def test_a_rank_that_dies_or_hangs_ends_all_and_the_folder_goes_on(
-    tmp_path: Path, sent: signal.Signals, to: int
+    tmp_path: Path, launched: Launched, disturbances: list[dict[str, Any]]
 ) -> None:
-    words = [*HARD, "epochs=200"]
-    disturbed = {"place": tmp_path, "ranks": 2, "words": words, "signal": sent, "to": [to], "patience": 4}
-    (done,) = launched(disturbed)
-    assert done["codes"][1 - to] == 75, said(tmp_path)
-    assert done["codes"][to] == -signal.SIGKILL
-    assert done["seconds"] < 20
-    if to == 1:
-        assert status_of(folder(tmp_path, words))["state"] == "preempted"
-    assert list(folder(tmp_path, words).glob("checkpoints/step-*.json"))
+    words, places = [*HARD, "epochs=200"], [tmp_path / str(number) for number in range(len(disturbances))]
+    launches = [{"place": place, "ranks": 2, "words": words, "patience": 4} for place in places]
+    ended = launched(*(one | disturbance for one, disturbance in zip(launches, disturbances, strict=True)))
+    for place, done, (to,) in zip(places, ended, [one["to"] for one in disturbances], strict=True):
+        assert done["codes"][1 - to] == 75, said(place)
+        assert done["codes"][to] == -signal.SIGKILL, said(place)
+        if to == 1:
+            assert status_of(folder(place, words))["state"] == "preempted"
 
 
-def test_other_ranks_than_before_go_on_and_say_that_it_is_not_exact(tmp_path: Path) -> None:
+def test_other_ranks_than_before_go_on_and_say_that_it_is_not_exact(tmp_path: Path, launched: Launched) -> None:
     words = [*HARD, "epochs=60"]
     killed = {"place": tmp_path, "ranks": 3, "words": words, "signal": signal.SIGKILL, "to": [0, 1, 2]}
     done = launched(killed, {"place": tmp_path, "ranks": 2, "words": words})
@@ -143,10 +169,46 @@ def test_other_ranks_than_before_go_on_and_say_that_it_is_not_exact(tmp_path: Pa
     assert "exact resume: no, because world was 3, is 2" in (tmp_path / "rank-0.log").read_text()
 
 
-def test_too_few_images_for_the_ranks_are_refused(tmp_path: Path) -> None:
+def test_too_few_images_for_the_ranks_are_refused(tmp_path: Path, launched: Launched) -> None:
     (done,) = launched({"place": tmp_path, "ranks": 3, "words": [*PLAIN, "quant=none", "batch_size=4", "epochs=1"]})
     assert 78 in done["codes"], said(tmp_path)
     assert "each needs two" in said(tmp_path)
+
+
+ROUNDS = """
+import os, sys, time, torch, torch.distributed as dist
+from runner.distributed import join
+from runner.parent import end_with_parent
+from runner.ranks import Place
+agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+parent = os.getpid()
+def rank(number, delay):
+    end_with_parent(parent)
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
+    time.sleep(delay)
+    join(Place(number, number, 2), torch.device("cpu"), print)
+    total = torch.tensor([number + 1])
+    dist.all_reduce(total)
+    os._exit(int(total))
+def started(number, delay):
+    pid = os.fork()
+    return pid or rank(number, delay)
+alone = started(1, 0.0)
+time.sleep(1.5)
+os.kill(alone, 9)  # it called, and nobody came
+print(os.waitstatus_to_exitcode(os.waitpid(alone, 0)[1]))
+for _ in range(3):
+    ranks = [started(0, 1.5), started(1, 0.0)]
+    print(*(os.waitstatus_to_exitcode(os.waitpid(one, 0)[1]) for one in ranks))
+"""
+
+
+def test_ranks_of_a_round_meet_one_another_in_a_store_that_earlier_rounds_wrote_to() -> None:
+    """The first rank comes late: the other one must not take what is left of the round before."""
+    code = [sys.executable, "-c", ROUNDS]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.stdout.splitlines() == ["-9", "3 3", "3 3", "3 3"], done.stderr
 
 
 def test_alone_every_collective_is_the_plain_thing() -> None:
@@ -185,17 +247,17 @@ def ranks_of(agent: int) -> list[int]:
 
 
 def wait_for_checkpoint(path: Path, agent: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 60
     while not list(path.glob("checkpoints/step-*.json")) and agent.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def test_torchrun_restarts_after_a_dead_rank_and_ends_with_the_same_bits(tmp_path: Path) -> None:
-    words = [*HARD, "epochs=60"]
+def test_torchrun_restarts_after_a_dead_rank_and_ends_with_the_same_bits(tmp_path: Path, launched: Launched) -> None:
+    words = [*HARD, "epochs=30"]
     agent = torchrun(tmp_path, words, "--max-restarts=1")
     wait_for_checkpoint(folder(tmp_path, words), agent)
     os.kill(ranks_of(agent.pid)[-1], signal.SIGKILL)
-    assert agent.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert agent.wait(timeout=100) == 0, (tmp_path / "log").read_text()[-3000:]
     assert "goes on after step" in (tmp_path / "log").read_text()
     launched({"place": tmp_path / "alone", "ranks": 2, "words": words})
     assert fingerprint(folder(tmp_path, words)).differences(fingerprint(folder(tmp_path / "alone", words))) == []
