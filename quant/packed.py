@@ -113,7 +113,9 @@ class _ProductOfSigns(torch.autograd.Function):
         conv = shape if isinstance(shape, matmul.Conv) else matmul.Conv()
         weight = kernels.pack_weight(w, _pair(conv.padding))
         y = kernels.conv2d_of_packed(signs, weight, scale=alpha, bias=bias, stride=_pair(conv.stride))
-        return _from_image(y, (*x.shape[:-1], len(w)), shape)
+        if isinstance(shape, matmul.Conv):
+            return y
+        return _from_image(y, (*x.shape[:-1], len(w)), shape).clone()  # no view: what follows may work in place
 
     @staticmethod
     @once_differentiable

@@ -253,3 +253,14 @@ def test_a_run_writes_the_same_numbers(runner: Runner, tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first | second)
     assert (runs[0] / "metrics.csv").read_text().count("\n") == 3
     assert "packed bits" in (runs[0] / "layers.csv").read_text()
+
+
+@pytest.mark.parametrize("module", [nn.Linear(32, 4), nn.Conv2d(32, 4, 1)])
+def test_what_follows_may_work_in_place(module: nn.Module) -> None:
+    x = torch.randn(2, 32) if isinstance(module, nn.Linear) else torch.randn(2, 32, 3, 3)
+    results = []
+    for inplace in (True, False):
+        net = nn.Sequential(Xnor().layer(copy.deepcopy(module)), nn.ReLU(inplace))
+        net(x).sum().backward()
+        results.append(net[0].weight.grad)
+    assert torch.equal(*results)
