@@ -51,7 +51,7 @@ class Charts:
         """Horizontal bars from 0, the first one on top, a whisker from quartile to quartile, a line at what counts as even."""
         reach = max([bar.high or bar.value for bar in bars] + [line_at or 0.0])
         plot = figure(
-            x_range=Range1d(start=0, end=1.1 * reach), y_range=FactorRange(factors=[b.name for b in reversed(bars)]),
+            x_range=Range1d(start=0, end=1.18 * reach), y_range=FactorRange(factors=[b.name for b in reversed(bars)]),
             sizing_mode="stretch_both", toolbar_location=None, tools="", min_border_right=14,
             background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def _draw(plot: figure, bars: Sequence[Bar], role: str, *, filled: bool) -> None
             "value": [bar.value for bar in bars],
             "low": [bar.value if bar.low is None else bar.low for bar in bars],
             "high": [bar.value if bar.high is None else bar.high for bar in bars],
-            "label": [f"{bar.value:.3g}" for bar in bars],
+            "label": [f"{bar.value:,.0f}" if bar.value >= 100 else f"{bar.value:.3g}" for bar in bars],
         }
     )
     drawn = plot.hbar(
