@@ -158,9 +158,10 @@ def test_links_lead_to_the_pages_of_the_runs(browser: Browser, compared: Path) -
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 2560])
-def test_it_fits_its_window(browser: Browser, compared: Path, scheme: str, width: int) -> None:
+@pytest.mark.parametrize("width", [380, 1280, 2560])
+def test_it_fits_its_window(browser: Browser, compared: Path, tmp_path: Path, scheme: str, width: int) -> None:
     browser.open(compared, scheme=scheme, width=width)
+    browser.picture(tmp_path / f"comparison-{scheme}-{width}.png")
     assert browser.ask("document.documentElement.scrollWidth") <= width
     assert browser.complaints() == []
 

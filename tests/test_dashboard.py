@@ -281,11 +281,12 @@ INK = f"{MODELS}.find(m => m.type === 'LinearAxis').major_label_text_color"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 2560])
+@pytest.mark.parametrize("width", [380, 1280, 2560])
 def test_in_a_browser_it_opens_without_a_request_or_a_complaint(
-    browser: Browser, whole: Path, scheme: str, width: int
+    browser: Browser, whole: Path, tmp_path: Path, scheme: str, width: int
 ) -> None:
     browser.open(whole, scheme=scheme, width=width)
+    browser.picture(tmp_path / f"run-{scheme}-{width}.png")
     assert browser.ask("document.documentElement.scrollWidth") <= width
     colours = browser.ask("[getComputedStyle(document.body).backgroundColor, " + INK + "]")
     assert colours == {"light": ["rgb(244, 245, 247)", "#555d68"], "dark": ["rgb(15, 18, 22)", "#a3acb8"]}[scheme]
@@ -318,6 +319,26 @@ def test_in_a_browser_the_controls_do_what_they_say(browser: Browser, whole: Pat
     parameters = browser.ask(f"[...{column}.tBodies[0].rows].map(r => Number(r.cells[6].dataset.sort))")
     assert parameters == sorted(parameters)
     assert browser.complaints() == []
+
+
+def test_in_a_browser_a_drag_zooms_all_charts_and_a_double_click_shows_everything(
+    browser: Browser, whole: Path
+) -> None:
+    browser.open(whole)
+    box = browser.box("#plot-accuracy")
+    y = box["y"] + box["height"] / 2
+    for kind, share in (("mousePressed", 0.4), ("mouseMoved", 0.5), ("mouseMoved", 0.6), ("mouseReleased", 0.6)):
+        x = box["x"] + box["width"] * share
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+    browser.wait_for(f"{RANGE}[0] > 20")
+    start, end = browser.ask(RANGE)
+    assert 20 < start < end < 90
+    browser.ask("document.querySelector('[data-move=later]').click()")
+    assert browser.ask(RANGE) == [pytest.approx(start + (end - start) / 4), pytest.approx(end + (end - start) / 4)]
+    shared = f"new Set({MODELS}.filter(m => m.type === 'Figure').map(m => m.x_range.id)).size"
+    assert browser.ask(shared) == 1, "all charts move together"
+    browser.ask("document.getElementById('plot-loss').dispatchEvent(new Event('dblclick'))")
+    assert browser.ask(RANGE) == [0, pytest.approx(120 * 1.03)]
 
 
 def test_in_a_browser_hostile_strings_do_nothing(browser: Browser, hostile: Path) -> None:
