@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from select import select
 from typing import Any
@@ -220,10 +221,20 @@ def test_alone_every_collective_is_the_plain_thing() -> None:
     assert world.shard() == {"rank": 0, "world": 1}
 
 
+LIGHT = [
+    *PLAIN,
+    "quant=none",
+    "epochs=30",
+    "batch_size=10",
+    "trainer.checkpoint_every=4",
+]  # of what takes long to load, little
+
 # The real torchrun ------------------------------------------------------------------------------------------------------
 
 
-def torchrun(place: Path, words: list[str], *options: str) -> "subprocess.Popen[bytes]":
+@contextmanager
+def torchrun(place: Path, words: list[str], *options: str) -> "Iterator[subprocess.Popen[bytes]]":
+    """The agent. It ends with the test, and its ranks with it."""
     command = [
         sys.executable,
         "-m",
@@ -236,9 +247,14 @@ def torchrun(place: Path, words: list[str], *options: str) -> "subprocess.Popen[
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (place / "log").open("ab") as log:
-        return subprocess.Popen(
+        agent = subprocess.Popen(
             [*command, *words], cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True
         )
+    try:
+        yield agent
+    finally:
+        agent.kill()
+        agent.wait()
 
 
 def ranks_of(agent: int) -> list[int]:
@@ -247,31 +263,28 @@ def ranks_of(agent: int) -> list[int]:
 
 
 def wait_for_checkpoint(path: Path, agent: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not list(path.glob("checkpoints/step-*.json")) and agent.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def test_torchrun_restarts_after_a_dead_rank_and_ends_with_the_same_bits(tmp_path: Path, launched: Launched) -> None:
-    words = [*HARD, "epochs=30"]
-    agent = torchrun(tmp_path, words, "--max-restarts=1")
-    wait_for_checkpoint(folder(tmp_path, words), agent)
-    os.kill(ranks_of(agent.pid)[-1], signal.SIGKILL)
-    assert agent.wait(timeout=100) == 0, (tmp_path / "log").read_text()[-3000:]
+    with torchrun(tmp_path, LIGHT, "--max-restarts=1") as agent:
+        wait_for_checkpoint(folder(tmp_path, LIGHT), agent)
+        os.kill(ranks_of(agent.pid)[-1], signal.SIGKILL)
+        assert agent.wait(timeout=100) == 0, (tmp_path / "log").read_text()[-3000:]
     assert "goes on after step" in (tmp_path / "log").read_text()
-    launched({"place": tmp_path / "alone", "ranks": 2, "words": words})
-    assert fingerprint(folder(tmp_path, words)).differences(fingerprint(folder(tmp_path / "alone", words))) == []
+    launched({"place": tmp_path / "alone", "ranks": 2, "words": LIGHT})
+    assert fingerprint(folder(tmp_path, LIGHT)).differences(fingerprint(folder(tmp_path / "alone", LIGHT))) == []
 
 
 def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
-    words = [*HARD, "epochs=2000"]
-    agent = torchrun(tmp_path, words)
-    wait_for_checkpoint(folder(tmp_path, words), agent)
-    ranks = ranks_of(agent.pid)
-    assert len(ranks) == 2
-    agent.kill()
-    agent.wait()
-    deadline = time.monotonic() + 5
+    words = [*LIGHT, "epochs=2000"]
+    with torchrun(tmp_path, words) as agent:
+        wait_for_checkpoint(folder(tmp_path, words), agent)
+        ranks = ranks_of(agent.pid)
+        assert len(ranks) == 2
+    deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
