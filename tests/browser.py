@@ -131,6 +131,7 @@ def picture(page: Path, path: Path, *, scheme: str = "light", width: int = 1280,
     """A PNG of what a window of that size shows of a page."""
     browser = Browser()
     try:
+        browser.call("Emulation.setScrollbarsHidden", hidden=True)
         browser.open(page, scheme=scheme, width=width, height=height)
         time.sleep(1)  # the canvases are drawn in the frames after the page says that it is ready
         browser.picture(path)

@@ -13,6 +13,7 @@ import pandas as pd
 from bokeh.document import Document
 from bokeh.models import ColumnDataSource
 
+from runner.pages.expected import expected_band
 from runner.pages.figures import MOST_CELLS, Axis, Panel, Series, Sheet, source_of
 from runner.pages.page import Column, number, plain, table, text
 from runner.pages.records import Run
@@ -73,10 +74,10 @@ def curve_section(run: Run, document: Document | None = None) -> tuple[str, Shee
         return "<h2>Curves</h2><p>No epoch has ended yet.</p>", sheet
     shown = _with_start(_thinned(points), axes)
     source = source_of(shown.assign(x=shown["x_epoch"]))
-    best = _best_point(points)
+    best, band = {"accuracy": _best_point(points)}, {"accuracy": expected_band(run.expected, points)}
     panels, constant = _worth_drawing(PANELS, points)
     charts = [
-        sheet.curves(panel, source, _in_words(panel, points), best if panel.key == "accuracy" else None)
+        sheet.curves(panel, source, _in_words(panel, points), best.get(panel.key), band.get(panel.key))
         for panel in panels
     ]
     return f'<h2>Curves</h2>{_controls(axes)}<div class="panels">{"".join(charts)}</div>{constant}', sheet

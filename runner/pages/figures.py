@@ -75,6 +75,15 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A range behind the curves of a chart: columns low and high of a source with positions, and its name."""
+
+    source: ColumnDataSource
+    label: str
+    colour: str
+
+
+@dataclass(frozen=True)
 class Axis:
     """A choice of what the x axis counts; every source has a column x_<name> for it."""
 
@@ -96,14 +105,24 @@ class Sheet:
         self.crosshair = Span(dimension="height", line_dash="dashed", line_width=1)
         self.phase_source = source_of(self.phases)
 
-    def curves(self, panel: Panel, source: ColumnDataSource, summary: str, best: ColumnDataSource | None = None) -> str:
-        """Add one chart; returns its HTML. `best` holds the point to ring."""
+    def curves(
+        self,
+        panel: Panel,
+        source: ColumnDataSource,
+        summary: str,
+        best: ColumnDataSource | None = None,
+        band: Band | None = None,
+    ) -> str:
+        """Add one chart; returns its HTML. `best` holds the point to ring, `band` what lies behind the curves."""
         logarithmic = panel.key == "lr" and spans_decades(source.data[panel.series[0].column])
         grounded = panel.from_zero and not logarithmic
         plot = self.plot(DataRange1d(start=0, range_padding=0.2) if grounded else DataRange1d(), logarithmic)
         if not logarithmic and max(largest(source.data[series.column]) for series in panel.series) < 1e4:
             plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[0000000]")
         self._mark_phases(plot, panel.phase_names)
+        if band is not None:
+            area = plot.varea("x", "low", "high", source=band.source, fill_alpha=0.18, muted_alpha=0.04)
+            area.tags = [band.colour, f"{panel.key}:band"]
         names = [f"{panel.key}:{series.column}" for series in panel.series]
         for index, (series, name) in enumerate(zip(panel.series, names, strict=True)):
             line = _curve(plot, panel, series, name, source, index)
@@ -113,7 +132,9 @@ class Sheet:
         if best is not None:
             ring = plot.scatter("x", "y", source=best, size=15, marker="circle", fill_alpha=0, line_width=2.5)
             ring.tags = ["single", f"{panel.key}:best"]
-            keys.append(_key(Series("best", "best", "single"), f"{panel.key}:best", ring=True))
+            keys.append(_key(Series("best", "best", "single"), f"{panel.key}:best", shape="ring"))
+        if band is not None:
+            keys.append(_key(Series("band", band.label, band.colour), f"{panel.key}:band", shape="band"))
         title = f"{panel.heading}, logarithmic" if logarithmic else panel.heading
         return self.host(plot, panel.key, title, panel.size, summary, keys if len(keys) > 1 else [])
 
@@ -259,18 +280,20 @@ def _curve_tooltip(panel: Panel, line: "GlyphRenderer[Any]") -> HoverTool:
     return HoverTool(renderers=[line], mode="vline", tooltips=tips, formatters=printf, line_policy="nearest")
 
 
-def _key(series: Series, name: str, *, ring: bool = False) -> str:
+def _key(series: Series, name: str, *, shape: Literal["curve", "ring", "band"] = "curve") -> str:
     """One entry of the legend: a real button, so that it can be reached and read without a mouse."""
     dash = {"solid": "", "dashed": "6 3", "dotted": "2 3"}[series.dash]
-    shape = {
+    marker = {
         "circle": '<circle cx="18" cy="6" r="4"/>',
         "square": '<rect x="14" y="2" width="8" height="8"/>',
         "triangle": '<path d="M18 1l5 9h-10z"/>',
     }[series.marker]
-    if ring:
+    if shape == "band":
+        drawing = '<rect y="1" width="36" height="10" stroke="none" opacity=".3"/>'
+    elif shape == "ring":
         drawing = '<circle cx="18" cy="6" r="5.5" fill="none" stroke-width="2"/>'
     else:
-        drawing = f'<path d="M0 6h36" stroke-width="2.2" stroke-dasharray="{dash}"/>{shape}'
+        drawing = f'<path d="M0 6h36" stroke-width="2.2" stroke-dasharray="{dash}"/>{marker}'
     colour = f"var(--{series.colour})"
     return (
         f'<button type="button" aria-pressed="true" data-series="{name}">'

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from runner.columns import HEALTH, LAYERS, METRICS, TIMING
+from runner.columns import EXPECTED, HEALTH, LAYERS, METRICS, TIMING
 from runner.files import NO_FOLLOW
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Run:
     timing: "pd.DataFrame"
     layers: "pd.DataFrame"
     quant: "pd.DataFrame"
+    expected: "pd.DataFrame"
     summary: dict[str, object]
     status: dict[str, object]
     problems: list[str] = field(default_factory=list)
@@ -74,6 +75,7 @@ def read_run(folder: Path) -> Run:
         timing=_table(folder / "timing.csv", TIMING, problems),
         layers=_table(folder / "layers.csv", LAYERS, problems),
         quant=_table(folder / "quant.csv", HEALTH, problems, optional=True),
+        expected=_table(folder / "expected.csv", EXPECTED, problems, optional=True),
         summary=_mapping(folder / "summary.json", json.loads, problems),
         status=_mapping(folder / "status.json", json.loads, problems),
         problems=problems,

@@ -5,6 +5,7 @@ python -m runner report outputs --format html --out DIR   DIR/report.html, the r
 python -m runner report outputs --format latex --out DIR  the same for a paper
 python -m runner report outputs --format csv            one row a run: small enough to keep under outputs/published/
 python -m runner report outputs/published/FILE.csv      the report of such rows
+python -m runner report FOLDER … --format curve         what runs of one configuration reach epoch by epoch, for `curve=FILE`
 python -m runner report outputs --template FILE         a Jinja template of your own
 """
 
@@ -16,11 +17,12 @@ from typing import NoReturn
 
 from runner.faults import ConfigError, Exit, Fault
 from runner.files import write_atomic
+from runner.pages.expected import expected_curve
 from runner.pages.report_formats import FORMATS, from_template, markdown_table
 from runner.pages.report_parts import make_report, results_table
 from runner.pages.results import Row, as_csv, collect, groups_of
 
-ENDINGS = {"md": "md", "html": "html", "latex": "tex", "csv": "csv"}
+ENDINGS = {"md": "md", "html": "html", "latex": "tex", "csv": "csv", "curve": "csv"}
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -68,6 +70,8 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
 def _text(rows: Sequence[Row], paths: Sequence[Path], options: argparse.Namespace, pictures_in: str | None) -> str:
     if options.format == "csv" and options.template is None:
         return as_csv(rows)
+    if options.format == "curve" and options.template is None:
+        return expected_curve(rows)
     content = make_report(rows, _bench_folders(paths))
     if options.template is not None:
         return from_template(options.template, content, rows)

@@ -10,6 +10,8 @@ from runner.pages import svg
 from runner.pages.records import read_run
 from runner.pages.results import Group, by_task, deviation
 
+LONGEST = 50  # letters beside a point
+
 
 @dataclass
 class Picture:
@@ -74,7 +76,7 @@ def _point(cost: float, group: Group) -> svg.Series:
 def _short(group: Group) -> str:
     """As short as it can stand beside a point: W and A are the bits of weights and activations."""
     short = group.name.replace("quant.", "").replace("weight_bits=", "W").replace("act_bits=", "A")
-    return "float32" if short == "none" else short
+    return "float32" if short == "none" else group.cut(short, LONGEST)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -31,7 +31,7 @@ NUMBERS = {
     "packed_bytes",
     "peak_memory_bytes",
 }
-LONGEST = 56  # letters of a name
+LONGEST = 100  # letters of a name
 Row = dict[str, Any]
 
 
@@ -143,9 +143,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The label, as long as it can stand in a sentence or beside a point."""
+        """The label, as long as it can stand in a table or a sentence."""
         label = re.sub(r"\d+\.\d{5,}(e-?\d+)?", lambda found: f"{float(found[0]):.4g}", self.label)
-        return label if len(label) <= LONGEST else f"{label[: LONGEST - 10]}… ({self.number})"
+        return self.cut(label, LONGEST)
+
+    def cut(self, words: str, longest: int) -> str:
+        """Words about this group, no longer than that, and still different from those about another."""
+        return words if len(words) <= longest else f"{words[: longest - 10]}… ({self.number})"
 
     @property
     def task(self) -> tuple[str, str, int]:
