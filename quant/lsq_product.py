@@ -8,7 +8,6 @@ Kept for backward: x, which the ReLU in front of it keeps anyway, and its codes,
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ class _Product(torch.autograd.Function):
         kept = pack(ctx.layout.flat(code_x), ctx.width) if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x, step_x, w, step_w, kept)
         ctx.of, ctx.shape, ctx.kernel = (of_x, of_w), shape, kernel
-        ctx.again = partial(_again, ctx, bias) if kept is not None else None
+        ctx.bias = bias
         return _product(ctx, code_x, code_w, step_x * step_w + (bad_x + bad_w), bias)
 
     @staticmethod
@@ -91,6 +90,18 @@ class _Product(torch.autograd.Function):
         dw, dstep_w = _gradients(w, dw, step_w, of_w)
         db = bias_gradient(g, ctx.shape) if need[4] else None
         return dx, dstep_x, dw, dstep_w, db, None, None, None, None
+
+    @staticmethod
+    def can_again(ctx: Any) -> bool:
+        return bool(ctx.needs_input_grad[2])
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        """The result of forward, from what is kept for backward: the same to the last bit."""
+        _, step_x, _, step_w, _ = _saved(ctx)
+        ctx.codes = code_x, code_w = _codes(ctx)
+        assert code_x is not None
+        return _product(ctx, code_x, code_w, step_x * step_w, ctx.bias)
 
 
 def _product(ctx: Any, code_x: Tensor, code_w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,14 +129,6 @@ def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     _, _, w, step_w, kept = _saved(ctx)
     code_x = None if kept is None else ctx.layout.restore(unpack(kept, ctx.width, (ctx.layout.count,)))
     return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
-
-
-def _again(ctx: Any, bias: Tensor | None) -> Tensor:
-    """The result of forward, from what is kept for backward: the same to the last bit."""
-    _, step_x, _, step_w, _ = _saved(ctx)
-    ctx.codes = code_x, code_w = _codes(ctx)
-    assert code_x is not None
-    return _product(ctx, code_x, code_w, step_x * step_w, bias)
 
 
 def _gradients(v: Tensor, g: Tensor | None, step: Tensor, of: Learned) -> tuple[Tensor | None, Tensor | None]:

@@ -5,7 +5,7 @@ made it are kept anyway, at 2 to 8 bits a value, and their convolution gives the
 a fraction of the price of a float one. What comes in from anywhere else is kept as ever.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,15 @@ from quant.base import QuantizedLayer
 aten = torch.ops.aten
 
 
-class Source(Protocol):
-    """The node of the graph that computed a tensor, and can do so again until its own backward has run."""
+def source_of(x: Tensor) -> Any:
+    """The node of the graph that computed x and can do so again until its own backward has run; None where it cannot.
 
-    def again(self) -> Tensor: ...
-
-
-def source_of(x: Tensor) -> Source | None:
-    """Who can compute x again; None where nobody can."""
+    Such a node belongs to an autograd function with the static methods `can_again(ctx)` and `again(ctx)`: a method bound to the
+    node itself would be a circle, which Python frees late.
+    """
     node: Any = None if torch.compiler.is_compiling() else x.grad_fn
-    return node if getattr(node, "again", None) is not None else None
+    function: Any = getattr(node, "_forward_cls", None)
+    return node if hasattr(function, "again") and function.can_again(node) else None
 
 
 class _Norm(torch.autograd.Function):
@@ -34,7 +33,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor | None, var: Tensor | None,
-        momentum: float, eps: float, source: Source,
+        momentum: float, eps: float, source: Any,
     ) -> Tensor:  # fmt: skip
         y, batch_mean, inverse = torch.native_batch_norm(x, w, b, mean, var, True, momentum, eps)
         ctx.save_for_backward(w, batch_mean, inverse)
@@ -47,7 +46,7 @@ class _Norm(torch.autograd.Function):
         w, mean, inverse = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         dx, dw, db = aten.native_batch_norm_backward(
-            g, ctx.source.again(), w, None, None, mean, inverse, True, ctx.eps, wanted
+            g, ctx.source._forward_cls.again(ctx.source), w, None, None, mean, inverse, True, ctx.eps, wanted
         )
         return dx, dw, db, None, None, None, None, None
 

@@ -22,6 +22,7 @@ from runner.environment import differences, environment
 from runner.faults import BadData, ConfigError, Diverged, Fault, Preempted
 from runner.folder import RunFolder
 from runner.health import codes_of
+from runner.hoard import Hoard
 from runner.objective import Alphas, Objective, mix
 from runner.optim import optimizer_for
 from runner.regime import Clock, Setting, data_setting_at, setting_at
@@ -87,6 +88,7 @@ class Run:
         self.ema = _average(self.model, config.trainer.ema) if config.trainer.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None
+        self.hoard = Hoard()
         self.penalty = Penalty()
         self.progress = Progress()
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images of this epoch

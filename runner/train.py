@@ -68,6 +68,7 @@ def train_epoch(run: Run) -> None:
             progress.grad_norms = gradient_norms(run.model)
         else:
             run.save_if_due()
+        run.hoard.after_step()
         run.show()
         run.check()
 
