@@ -66,14 +66,13 @@ HEALTH = {
 }
 
 
-def curve_section(run: Run, document: Document | None = None) -> tuple[str, Sheet]:
-    """The curves of a run as HTML, and the sheet that holds their figures, in a document of its own where none is given."""
+def curve_section(run: Run, document: Document) -> tuple[str, Sheet]:
+    """The curves of a run as HTML, and the sheet that holds their figures."""
     points, axes = _positions(run.metrics, run.timing)
-    sheet = Sheet(axes, _phases(points, axes), document or Document())
+    sheet = Sheet(axes, _phases(points, axes), document)
     if points.empty:
         return "<h2>Curves</h2><p>No epoch has ended yet.</p>", sheet
-    shown = _with_start(_thinned(points), axes)
-    source = source_of(shown.assign(x=shown["x_epoch"]))
+    source = source_of(_with_start(_thinned(points), axes).assign(x=lambda shown: shown["x_epoch"]))
     best, band = {"accuracy": _best_point(points)}, {"accuracy": expected_band(run.expected, points)}
     panels, constant = _worth_drawing(PANELS, points)
     charts = [

@@ -63,8 +63,10 @@ def run_body(
     run: Run, defaults: Mapping[str, object] | None = None, document: Document | None = None
 ) -> tuple[str, Sheet]:
     """Everything between <body> and the scripts, and the sheet with the figures; its parts are marked for live pages."""
-    curves, sheet = curve_section(run, document)
-    health = health_section(run, sheet)
+    document = document or Document()
+    with document.models.freeze():  # else every figure that is added looks at all the others again
+        curves, sheet = curve_section(run, document)
+        health = health_section(run, sheet)
     part = {name: f'<div data-part="{name}">{html}</div>' for name, html in run_parts(run, defaults).items()}
     body = (
         f"{part['header']}<main>{part['problems']}{part['headlines']}{curves}{part['epochs']}{health}{part['health']}"

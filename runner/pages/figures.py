@@ -106,13 +106,9 @@ class Sheet:
         self.phase_source = source_of(self.phases)
 
     def curves(
-        self,
-        panel: Panel,
-        source: ColumnDataSource,
-        summary: str,
-        best: ColumnDataSource | None = None,
-        band: Band | None = None,
-    ) -> str:
+        self, panel: Panel, source: ColumnDataSource, summary: str,
+        best: ColumnDataSource | None = None, band: Band | None = None,
+    ) -> str:  # fmt: skip
         """Add one chart; returns its HTML. `best` holds the point to ring, `band` what lies behind the curves."""
         logarithmic = panel.key == "lr" and spans_decades(source.data[panel.series[0].column])
         grounded = panel.from_zero and not logarithmic

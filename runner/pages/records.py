@@ -207,6 +207,7 @@ def _whole_rows(name: str, header: list[str], rows: list[list[str]], problems: l
 
 
 def _typed(rows: list[dict[str, str]], columns: list[str]) -> "pd.DataFrame":
+    import numpy as np
     import pandas as pd
 
     values = {column: [row.get(column, "") for row in rows] for column in columns}
@@ -214,7 +215,14 @@ def _typed(rows: list[dict[str, str]], columns: list[str]) -> "pd.DataFrame":
         {
             column: pd.Series(cells, dtype="str")
             if column in TEXT_COLUMNS
-            else pd.to_numeric(pd.Series(cells, dtype="object"), errors="coerce").astype("float64")
+            else np.array([_number(cell) for cell in cells], dtype=np.float64)
             for column, cells in values.items()
         }
     )
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
