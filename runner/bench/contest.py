@@ -21,6 +21,7 @@ from runner.build import asking, build, phases_of, regularizer_of, watch
 from runner.data import Data, load
 from runner.environment import environment, pick_device, prepare
 from runner.faults import ConfigError, Fault
+from runner.hoard import Hoard
 from runner.objective import Objective
 from runner.optim import optimizer_for
 from runner.regime import Clock, data_setting_at, setting_at
@@ -65,7 +66,8 @@ def measure(plan: Plan) -> tuple[list[Row], dict[str, Any]]:
         screen.say(f"first steps: {name}")
         step.take()  # compiles what there is to compile
         saved[name], peaks[name] = step.saved_bytes(), step.peak_bytes()
-    times = take_turns({name: step.take for name, step in steps.items()}, turns=plan.turns, device=device)
+    actions, hoard = {name: step.take for name, step in steps.items()}, Hoard()
+    times = take_turns(actions, turns=plan.turns, device=device, after_round=lambda _: hoard.after_step())
     rows = []
     for contender in plan.contenders:
         name, base = contender.name, contender.base
