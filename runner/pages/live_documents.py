@@ -15,7 +15,7 @@ from runner.pages.page import embedded_json
 from runner.pages.records import read_run
 from runner.pages.watch import Followed, Watch
 
-EVERY = 1000  # milliseconds between looks at what changed
+EVERY = 400  # milliseconds between looks at what changed; the folders are looked at once a second
 LEISURE = (
     10  # a page that is slow to bring up to date rests for that many times as long, but for no longer than a second
 )
