@@ -8,6 +8,7 @@ TIMING = (
     "epoch", "step", "seconds", "images_per_s", "eval_seconds", "peak_memory_bytes", "saved_bytes_per_sample",
 )  # fmt: skip
 LAYERS = ("layer", "kind", "becomes", "weight_bits", "act_bits", "grad_bits", "parameters", "macs", "why")
+EXPECTED = ("epoch", "val_top1", "low", "high", "n")  # of runs of a recipe, epoch by epoch: mean, band, how many
 HEALTH = (
     "epoch", "layer", "clip_ratio", "step_size", "dead_steps", "flip_rate", "code_entropy", "grad_norm", "near_threshold",
 )  # fmt: skip

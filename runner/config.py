@@ -244,7 +244,7 @@ def with_peak(phases: Sequence[Phase], peak: float) -> list[Phase]:
 
 
 IRRELEVANT = {
-    "": {"mode", "name", "outputs", "checkpoint", "epochs"},
+    "": {"mode", "name", "outputs", "checkpoint", "epochs", "curve"},
     "regime": {"epochs"},  # trainer.epochs says it
     "trainer": {"checkpoint_every", "progress", "dashboard", "recompute"},
     "quant.arguments": {"kernel"},  # floats or packed bits: the same numbers

@@ -68,6 +68,7 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
         world = join(place, device, partial(folder.status, "preempted", int(Exit.PREEMPTED)))
         if world.first:
             write_atomic(path / "config.yaml", _yaml(config), durable=False)
+            _lay_down_curve(config, path, screen)
         refuse_misfits(config)
         run = Run(config, folder, screen, stop, device, world)
         cost = _preflight(run)
@@ -104,6 +105,18 @@ def _draw(path: Path, config: RunConfig, screen: Screen) -> None:
         write_dashboard(path)
     except StorageError as error:
         screen.say(f"no dashboard: {error}")
+
+
+def _lay_down_curve(config: RunConfig, path: Path, screen: Screen) -> None:
+    """The course that is expected of the run, beside its own: as it is in this folder, or in the project's."""
+    if config.curve is None:
+        return
+    places = [Path(config.curve), Path(__file__).resolve().parent.parent / config.curve]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        screen.say(f"note: there is no {config.curve}, so the page shows no expected curve")
+    else:
+        write_atomic(path / "expected.csv", found.read_bytes(), durable=False)
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -182,6 +182,7 @@ class RunConfig(Strict):
     checkpoint: str | None
     pretrained: str | None
     distill: str | None
+    curve: str | None = None
     plugins: list[str]
     epochs: Epochs | None
     batch_size: PositiveInt | None

@@ -25,6 +25,27 @@ def interval(gaps: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     return fmean(gaps) - half, fmean(gaps) + half
 
 
+def prediction(
+    values: Sequence[float], beside: Sequence[Sequence[float]] = (), level: float = 0.95
+) -> tuple[float, float]:
+    """Where one more run falls with that probability, if runs are spread normally: mean ± t sd sqrt(1 + 1/n), n at least two.
+
+    Samples `beside` that are spread alike help to know how far: three values alone may agree by chance.
+
+    >>> [round(end, 2) for end in prediction([95.0, 96.0, 97.0])]
+    [91.03, 100.97]
+    >>> [round(end, 2) for end in prediction([96.0, 96.0, 96.0], beside=[[95.0, 96.0, 97.0]])]
+    [93.73, 98.27]
+    """
+    from scipy.stats import t
+
+    samples = [values, *beside]
+    freedom = sum(len(sample) - 1 for sample in samples)
+    variance = sum(stdev(sample) ** 2 * (len(sample) - 1) for sample in samples) / freedom
+    half = float(t.ppf((1 + level) / 2, freedom)) * (variance * (1 + 1 / len(values))) ** 0.5
+    return fmean(values) - half, fmean(values) + half
+
+
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     """Mean of ours - theirs over the seeds that both have, with its 95 % interval from three seeds on.
 

@@ -8,11 +8,14 @@ import torch
 from runner.bench.contest import Step
 from runner.build import build
 from runner.cli import run
+from runner.columns import EXPECTED
 from runner.compose import choices_of, config_from
 from runner.job import train
+from runner.schema import RunConfig
 
 RECIPES = choices_of()["experiment"]
-FOLDER = Path(__file__).parent.parent / "conf" / "experiment"
+PROJECT = Path(__file__).parent.parent
+FOLDER = PROJECT / "conf" / "experiment"
 GREY, COLOUR = (
     {"in_channels": 1, "num_classes": 10, "image_size": 28},
     {"in_channels": 3, "num_classes": 10, "image_size": 32},
@@ -27,7 +30,8 @@ def header(name: str) -> str:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_takes_two_steps(name: str) -> None:
-    config = config_from([f"experiment={name}", "dataset=synthetic", "trainer.threads=1"])
+    config = config_of(name)
+    check_curve(config, name)
     shape = SHAPES[name.split("_")[1]]
     side = min(shape["image_size"], LARGEST)
     model = build(config, **shape).model
@@ -50,7 +54,21 @@ def test_a_recipe_trains_to_its_end(tmp_path: Path) -> None:
     ]
     quiet = ["trainer.threads=1", "trainer.progress=none", f"outputs={tmp_path}"]
     path = train(config_from(["experiment=lenet5_mnist_xnor", *words, *quiet]))
-    assert (path / "dashboard.html").is_file()
+    assert (path / "expected.csv").read_bytes() == (PROJECT / config_of("lenet5_mnist_xnor").curve).read_bytes()
+    assert "of the recipe, n = 3" in (path / "dashboard.html").read_text(encoding="utf-8")
+
+
+def config_of(name: str) -> RunConfig:
+    return config_from([f"experiment={name}", "dataset=synthetic", "trainer.threads=1"])
+
+
+def check_curve(config: RunConfig, name: str) -> None:
+    """It is the recipe's own, no other's that it builds on, and as long as a run."""
+    if config.curve is not None:
+        assert Path(config.curve) == Path("outputs/published/curves") / f"{name}.csv"
+        lines = (PROJECT / config.curve).read_text(encoding="utf-8").splitlines()
+        assert lines[0] == ",".join(EXPECTED)
+        assert len(lines) == 1 + config.total_epochs
 
 
 @pytest.mark.parametrize("name", RECIPES)
