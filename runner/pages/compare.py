@@ -41,7 +41,9 @@ def entries_of(folders: Sequence[Path], link: Callable[[Path], str]) -> list[Ent
     """A row a run; the curves only of the newest where they are very many."""
     newest = set(sorted(folders, key=_changed, reverse=True)[:MOST_CURVES])
     points = points_for(len(folders))
-    return [entry_of(read_run(folder), link(folder), points if folder in newest else 0) for folder in folders]
+    return [
+        entry_of(read_run(folder, health=False), link(folder), points if folder in newest else 0) for folder in folders
+    ]
 
 
 def _changed(folder: Path) -> float:

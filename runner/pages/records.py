@@ -64,8 +64,11 @@ class Run:
         return "done" if self.summary and state in ("running", "unknown") else state
 
 
-def read_run(folder: Path) -> Run:
-    """Read one run folder; files that are missing or broken are named in `problems`."""
+def read_run(folder: Path, *, health: bool = True) -> Run:
+    """Read one run folder; files that are missing or broken are named in `problems`.
+
+    `health`: also quant.csv, which is the largest of them and in which a list of runs has no interest.
+    """
     problems: list[str] = []
     folder = Path(folder)
     return Run(
@@ -74,7 +77,7 @@ def read_run(folder: Path) -> Run:
         metrics=_table(folder / "metrics.csv", METRICS, problems),
         timing=_table(folder / "timing.csv", TIMING, problems),
         layers=_table(folder / "layers.csv", LAYERS, problems),
-        quant=_table(folder / "quant.csv", HEALTH, problems, optional=True),
+        quant=_table(folder / "quant.csv", HEALTH, problems, optional=True) if health else _typed([], list(HEALTH)),
         expected=_table(folder / "expected.csv", EXPECTED, problems, optional=True),
         summary=_mapping(folder / "summary.json", json.loads, problems),
         status=_mapping(folder / "status.json", json.loads, problems),

@@ -50,7 +50,7 @@ class Watch:
         elif not self._pending:
             self._pending = [run for run in self.runs.values() if run.state not in SETTLED]
         if not self.base:
-            self.base = base_of(settings_of(read_run(run.folder)) for run in self._pending[-200:])
+            self.base = base_of(settings_of(read_run(run.folder, health=False)) for run in self._pending[-200:])
         while self._pending:  # one at least: a machine too busy for anything else gets there, too
             self._read(self._pending.pop())
             if time.monotonic() - start >= patience:
@@ -78,7 +78,9 @@ class Watch:
         stamp = _stamp(followed.folder)
         if stamp == followed.stamp:
             return
-        entry = entry_of(read_run(followed.folder), self._link + identity(followed.folder), points_for(len(self.runs)))
+        entry = entry_of(
+            read_run(followed.folder, health=False), self._link + identity(followed.folder), points_for(len(self.runs))
+        )
         self.version += 1
         followed.stamp, followed.version = stamp, self.version
         followed.row, followed.state, followed.costs = encoded(entry, self.base), entry["state"], entry["costs"]
