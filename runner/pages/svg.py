@@ -11,7 +11,7 @@ from itertools import pairwise
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 640, 380
-LEFT, RIGHT, BOTTOM = 62, 18, 48
+LEFT, RIGHT, BOTTOM = 70, 18, 48
 LETTER = 6.3  # the mean width of a letter of the 12 px type
 LINE = 18
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "4 2 1 2")
@@ -133,7 +133,7 @@ class Chart:
         middle = (x.start + x.end) / 2
         yield f'<text class="quiet" x="{middle}" y="{height - 10}" text-anchor="middle">{escape(self.x_label)}</text>'
         middle = (y.start + y.end) / 2
-        place = f'x="16" y="{middle}" transform="rotate(-90 16 {middle})" text-anchor="middle"'
+        place = f'x="15" y="{middle}" transform="rotate(-90 15 {middle})" text-anchor="middle"'
         yield f'<text class="quiet" {place}>{escape(self.y_label)}</text>'
 
     def _in_words(self) -> str:
@@ -145,7 +145,7 @@ def bars(
     title: str, labels: Sequence[str], values: Sequence[float], ranges: Sequence[tuple[float, float] | None]
 ) -> str:
     """Horizontal bars from 0 with the value at the end of each, whiskers where there is a range, a line at 1."""
-    left = min(260.0, 20 + LETTER * 1.05 * max(map(len, labels)))
+    left = min(300.0, 20 + LETTER * 1.15 * max(map(len, labels)))
     height = 50 + 24 * len(labels)
     reach = max([*values, 1.0, *(r[1] for r in ranges if r)])
     x = Scale(0, reach, left, WIDTH - 64)
