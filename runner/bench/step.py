@@ -74,7 +74,7 @@ def plan_of(words: Sequence[str]) -> Plan:
     keys = {word.partition("=")[0] for word in rest}
     jobs = expand([*(word for word in USUAL if word.partition("=")[0] not in keys), *rest])
     lines = list(jobs) if "quant" in keys else []
-    variants = own["variant"] if own["variant"] or lines else _usual_rows()
+    variants = own["variant"] if own["variant"] or lines else _usual_rows("model" in keys)
     lines += [[*network(job), *shlex.split(variant)] for variant in variants for job in jobs]
     base = shlex.split(" ".join(own["base"]))
     contenders = _contenders(lines, base, config_dirs)
@@ -101,10 +101,11 @@ def _sorted_out(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str], 
     return own, rest, config_dirs
 
 
-def _usual_rows() -> list[str]:
+def _usual_rows(of_another_model: bool) -> list[str]:
     shipped = [f"quant={name}" for name in choices_of()["quant"] if name != "none"]
+    beside = [row for row in BESIDE if not (of_another_model and "recompute" in row)]  # it may have no stages
     compiled = COMPILED if any(map(shutil.which, ("g++", "clang++"))) else ()
-    return [*shipped, *BESIDE, *compiled]
+    return [*shipped, *beside, *compiled]
 
 
 def _contenders(lines: Sequence[Sequence[str]], base: Sequence[str], config_dirs: Sequence[str]) -> list[Contender]:
