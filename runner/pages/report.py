@@ -19,7 +19,7 @@ from runner.faults import ConfigError, Exit, Fault
 from runner.files import write_atomic
 from runner.pages.expected import expected_curve
 from runner.pages.report_formats import FORMATS, from_template, markdown_table
-from runner.pages.report_parts import make_report, results_table
+from runner.pages.report_parts import Report, make_report, results_table
 from runner.pages.results import Row, as_csv, collect, groups_of
 
 ENDINGS = {"md": "md", "html": "html", "latex": "tex", "csv": "csv", "curve": "csv"}
@@ -45,10 +45,11 @@ def report(words: Sequence[str]) -> int:
     rows = collect(paths)
     if not rows:
         raise ConfigError([Fault("", f"no finished run in {', '.join(map(str, paths))}")])
+    content = make_report(rows, _bench_folders(paths))
     if options.out is None:
-        sys.stdout.write(_text(rows, paths, options, pictures_in=None))
+        sys.stdout.write(_text(content, rows, options, pictures_in=None))
         return int(Exit.DONE)
-    for path in _write(rows, paths, options):
+    for path in _write(content, rows, options):
         print(path.resolve())
     return int(Exit.DONE)
 
@@ -67,26 +68,25 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _text(rows: Sequence[Row], paths: Sequence[Path], options: argparse.Namespace, pictures_in: str | None) -> str:
-    if options.format == "csv" and options.template is None:
-        return as_csv(rows)
-    if options.format == "curve" and options.template is None:
-        return expected_curve(rows)
-    content = make_report(rows, _bench_folders(paths))
+def _text(content: Report, rows: Sequence[Row], options: argparse.Namespace, pictures_in: str | None) -> str:
     if options.template is not None:
         return from_template(options.template, content, rows)
+    if options.format == "csv":
+        return as_csv(rows)
+    if options.format == "curve":
+        return expected_curve(rows)
     return FORMATS[options.format](content, pictures_in)
 
 
-def _write(rows: Sequence[Row], paths: Sequence[Path], options: argparse.Namespace) -> list[Path]:
+def _write(content: Report, rows: Sequence[Row], options: argparse.Namespace) -> list[Path]:
     folder: Path = options.out
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     ending = ENDINGS[options.format] if options.template is None else options.template.suffix.lstrip(".") or "txt"
-    files = {f"report.{ending}": _text(rows, paths, options, pictures_in="figures"), "results.csv": as_csv(rows)}
-    for picture in make_report(rows, _bench_folders(paths)).pictures:
+    files = {f"report.{ending}": _text(content, rows, options, pictures_in="figures"), "results.csv": as_csv(rows)}
+    for picture in content.pictures:
         files[f"figures/{picture.name}.svg"] = picture.svg
-    for name, content in files.items():
-        write_atomic(folder / name, content.encode(), durable=False)
+    for name, text in files.items():
+        write_atomic(folder / name, text.encode(), durable=False)
     return [folder / name for name in files]
 
 

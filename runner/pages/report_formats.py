@@ -118,7 +118,8 @@ def from_template(path: Path, report: Report, rows: Sequence[Row]) -> str:
     escaping = path.suffix in (".html", ".htm", ".svg", ".xml")
     environment = ImmutableSandboxedEnvironment(autoescape=escaping, undefined=StrictUndefined)
     environment.filters["latex"] = _latex
-    known: dict[str, Any] = {**vars(report), "rows": list(rows)}
+    parts = ("results", "discussion", "pictures", "tables", "holes", "groups")
+    known: dict[str, Any] = {part: getattr(report, part) for part in parts} | {"rows": list(rows)}
     try:
         return environment.from_string(path.read_text(encoding="utf-8")).render(known)
     except (TemplateError, TypeError, ValueError) as error:

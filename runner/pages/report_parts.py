@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runner.pages.settings import flatten, shown
 
 NOT_RUN = "not run"
 MOST_HOLES = 40
+MOST_CONFIGS = 50
 HEADINGS = (
     "network", "data", "quantizer", "epochs", "n", "test accuracy, %", "minus float, points",
     "saved for backward, KiB an image", "peak memory, MiB", "packed, KiB", "training, s an epoch",
@@ -43,28 +45,35 @@ class Table:
 
 @dataclass
 class Report:
-    """All parts, in the order of reading."""
+    """All parts, in the order of reading; each is made when somebody asks for it, from rows and from folders of runs."""
 
-    results: Table
-    discussion: list[str]
-    pictures: list[Picture]
-    tables: list[Table]
-    holes: list[str]
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Group]
+    records: list[dict[str, Any]]
+
+    @cached_property
+    def results(self) -> Table:
+        return results_table(self.groups)
+
+    @cached_property
+    def discussion(self) -> list[str]:
+        return list(discussion(self.groups, self.records))
+
+    @cached_property
+    def pictures(self) -> list[Picture]:
+        return list(pictures(self.groups, self.records))
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        return list(_settings_tables(self.groups))
+
+    @cached_property
+    def holes(self) -> list[str]:
+        return _at_most(MOST_HOLES, list(_holes(self.groups, self.records)))
 
 
 def make_report(rows: Sequence[Row], bench: Sequence[Path]) -> Report:
     """Everything that can be said about the rows and about the benchmarks found in the folders `bench`."""
-    groups = groups_of(rows)
-    records = list(bench_records(bench))
-    return Report(
-        results=results_table(groups),
-        discussion=list(discussion(groups, records)),
-        pictures=list(pictures(groups, records)),
-        tables=list(_settings_tables(groups)),
-        holes=_at_most(MOST_HOLES, list(_holes(groups, records))),
-        groups=groups,
-    )
+    return Report(groups_of(rows), list(bench_records(bench)))
 
 
 def results_table(groups: Sequence[Group]) -> Table:
@@ -104,7 +113,8 @@ def bench_records(folders: Sequence[Path]) -> Iterable[dict[str, Any]]:
 
 def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:
     """Hyper-parameters that all configurations share, those in which they differ, and what it all was measured on."""
-    configs = {f"{group.model} {group.dataset} {group.name}": _hyper(group) for group in groups}
+    compared = groups if len(groups) <= MOST_CONFIGS else ()  # a table of more columns says nothing
+    configs = {f"{group.model} {group.dataset} {group.name}": _hyper(group) for group in compared}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     same = {key for key in keys if len({config.get(key) for config in configs.values()}) == 1}
     if keys:
@@ -130,7 +140,7 @@ def _hyper(group: Group) -> dict[str, str]:
     """From the config of one run; from the words of its command where only a CSV is left."""
     row = group.rows[0]
     if "folder" in row:
-        flat = flatten(read_run(row["folder"]).config)
+        flat = flatten(read_run(row["folder"], health=False).config)
         chosen = {key: shown(value) for key, value in flat.items() if key.startswith(HYPER)}
         return {k: v for k, v in chosen.items() if v != "null" and not k.startswith(NO_HYPER) and ".rules." not in k}
     words = [word.partition("=") for word in str(row.get("command", "")).split() if "=" in word]

@@ -11,6 +11,7 @@ from runner.pages.records import read_run
 from runner.pages.results import Group, by_task, deviation
 
 LONGEST = 50  # letters beside a point
+MOST_CURVES = 20  # in one chart
 
 
 @dataclass
@@ -95,10 +96,12 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _curves(task: tuple[str, str, int], members: Sequence[Group]) -> Picture | None:
     """Mean validation accuracy with a band over seeds, of runs whose folders are there."""
     model, dataset, epochs = task
-    series = [one for group in members if (one := _curve(group))]
+    best = sorted(members, key=lambda group: -(group.mean("test_top1") or 0.0))[:MOST_CURVES]
+    series = [one for group in members if group in best and (one := _curve(group))]
     if not series or all(len(one.x) < 2 for one in series):
         return None
-    title = f"{model} on {dataset}: validation accuracy"
+    of_best = f" of the {MOST_CURVES} best configurations" if len(members) > MOST_CURVES else ""
+    title = f"{model} on {dataset}: validation accuracy{of_best}"
     chart = svg.Chart(title, "epochs completed", "validation top-1, %", series)
     return Picture(
         f"{model}-{dataset}-{epochs}-curves", f"{title}, mean and ± standard deviation over seeds.", chart.svg()
@@ -106,7 +109,11 @@ def _curves(task: tuple[str, str, int], members: Sequence[Group]) -> Picture | N
 
 
 def _curve(group: Group) -> svg.Series | None:
-    curves = [read_run(row["folder"]).metrics["val_top1"].dropna().tolist() for row in group.rows if "folder" in row]
+    curves = [
+        read_run(row["folder"], health=False).metrics["val_top1"].dropna().tolist()
+        for row in group.rows
+        if "folder" in row
+    ]
     length = min(map(len, curves), default=0)
     if not length:
         return None
