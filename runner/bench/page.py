@@ -8,13 +8,13 @@ from pathlib import Path
 from bokeh.core.json_encoder import serialize_json
 from bokeh.core.properties import value as literal
 from bokeh.document import Document
-from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Range1d
+from bokeh.models import BasicTicker, ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Range1d
 from bokeh.models.annotations.geometry import Span
 from bokeh.plotting import figure
 
 from runner.pages.page import Column, embedded_json, page, plain, table, text, write_page
 
-ROW_HEIGHT = 24
+ROW_HEIGHT = 36  # a name, and its bar below: names beside bars would leave these no room on a telephone
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Charts:
         if line_at is not None:
             plot.add_layout(Span(location=line_at, dimension="height", line_dash="dashed", line_width=1))
         style(plot)
+        plot.yaxis.visible = False
+        plot.xaxis.ticker = BasicTicker(desired_num_ticks=4)
         summary = "; ".join(f"{bar.name}: {plain(bar.value)}" for bar in bars)
         return self.add(key, title, summary, plot, height=60 + ROW_HEIGHT * len(bars), size="major")
 
@@ -73,6 +75,8 @@ def _draw(plot: figure, bars: Sequence[Bar], role: str, *, filled: bool) -> None
     source = ColumnDataSource(
         {
             "name": [bar.name for bar in bars],
+            "above": [(bar.name, 0.27) for bar in bars],
+            "below": [(bar.name, -0.17) for bar in bars],
             "value": [bar.value for bar in bars],
             "low": [bar.value if bar.low is None else bar.low for bar in bars],
             "high": [bar.value if bar.high is None else bar.high for bar in bars],
@@ -80,16 +84,17 @@ def _draw(plot: figure, bars: Sequence[Bar], role: str, *, filled: bool) -> None
         }
     )
     drawn = plot.hbar(
-        y="name", right="value", height=0.6, source=source, fill_alpha=0.55 if filled else 0, line_width=1.5
+        y="below", right="value", height=0.42, source=source, fill_alpha=0.55 if filled else 0, line_width=1.5
     )
     drawn.tags = [role]
-    whiskers = plot.segment(x0="low", x1="high", y0="name", y1="name", source=source, line_width=2.5)
+    whiskers = plot.segment(x0="low", x1="high", y0="below", y1="below", source=source, line_width=2.5)
     whiskers.tags = ["single"]
-    label = plot.text(
-        "high", "name", "label", source=source, x_offset=6, text_baseline="middle", text_font_size="12px",
-        text_font=literal("system-ui, sans-serif"),
-    )  # fmt: skip
-    label.tags = ["quiet"]
+    for x, y, words, x_offset in (("high", "below", "label", 6), (0, "above", "name", 1)):
+        label = plot.text(
+            x, y, words, source=source, x_offset=x_offset, text_baseline="middle", text_font_size="12px",
+            text_font=literal("system-ui, sans-serif"),
+        )  # fmt: skip
+        label.tags = ["quiet"]
     tips = [("", "@name"), ("median", "@value{0.000}"), ("quartiles", "@low{0.000} to @high{0.000}")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips[: 3 if filled else 2]))
 
