@@ -174,6 +174,8 @@ def _saved_bytes(run: Run, images: Tensor) -> int:
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
     half = len(images) // 2
     run.model.train()
+    if half == 0:
+        return round(saved_bytes_per_sample(run.model, images, labels))
     whole, part = (saved_bytes_per_sample(run.model, images[:n], labels[:n]) * n for n in (len(images), half))
     return round((whole - part) / (len(images) - half))
 
