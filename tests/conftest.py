@@ -1,4 +1,4 @@
-"""What all tests share: one thread for torch, how many examples hypothesis draws, and the command line as a real process."""
+"""What all tests share: one thread for torch, hypothesis with few examples, the command line as a process, and a browser."""
 
 import os
 import resource
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share few cores
@@ -47,6 +48,16 @@ def runner(tmp_path: Path) -> Runner:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real Chromium, one for a file of tests."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    instance = Browser()
+    yield instance
+    instance.close()
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """axe-core finds nothing serious on any page, in light and dark."""
 
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 from run_samples import LENET, make_run
 from test_hostile_strings import bench_page, search_page
 from test_live import LiveServer
@@ -34,15 +33,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "search": search_page(root / "search", "best_val_top1", "packed_bytes"),
         "bench": bench_page(root / "bench.html"),
     }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    instance = Browser()
-    yield instance
-    instance.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

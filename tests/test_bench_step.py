@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import CHROMIUM, Browser
+from browser import Browser
 from conftest import Runner
 
 from quant.saved import saved_bytes_per_sample
@@ -94,18 +94,13 @@ def test_csv_json_and_page_hold_the_same_rows(folder: Path) -> None:
     assert all(peer["source"] in page for peer in record["literature"]["rows"])
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-def test_the_page_draws_itself_and_asks_for_nothing(folder: Path) -> None:
-    browser = Browser()
-    try:
-        browser.open(folder / "step-lenet5-8-cpu.html")
-        assert browser.complaints() == []
-        assert len(browser.requests()) == 1
-        assert browser.ask("[...document.querySelectorAll('.plot')].every(plot => plot.childElementCount > 0)")
-        browser.ask("document.querySelector('.plot').dispatchEvent(new MouseEvent('dblclick', {bubbles: true}))")
-        assert browser.complaints() == []
-    finally:
-        browser.close()
+def test_the_page_draws_itself_and_asks_for_nothing(browser: Browser, folder: Path) -> None:
+    browser.open(folder / "step-lenet5-8-cpu.html")
+    assert browser.complaints() == []
+    assert len(browser.requests()) == 1
+    assert browser.ask("[...document.querySelectorAll('.plot')].every(plot => plot.childElementCount > 0)")
+    browser.ask("document.querySelector('.plot').dispatchEvent(new MouseEvent('dblclick', {bubbles: true}))")
+    assert browser.complaints() == []
 
 
 def test_a_measured_step_trains_and_saved_bytes_are_those_of_the_model() -> None:

@@ -1,12 +1,11 @@
 """The comparison: what a row says of a run, and what the page does with the rows, in a real browser."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from browser import CHROMIUM, Browser
+from browser import Browser
 from run_samples import LENET, make_run
 
 from runner.faults import ConfigError
@@ -44,15 +43,6 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "runs" / "broken" / "metrics.csv").write_bytes(b"\xff\0")
     assert dashboard([str(root), "--compare"]) == 0
     return root / "comparison.html"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    instance = Browser()
-    yield instance
-    instance.close()
 
 
 def test_a_row_tells_settings_as_differences_from_the_most_common_ones(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
-from browser import CHROMIUM, Browser
+from browser import Browser
 from run_samples import LENET, make_run
 
 from runner.faults import StorageError
@@ -262,15 +261,6 @@ def test_embedded_json_cannot_end_its_script() -> None:
     embedded = embedded_json({"a": "</script><!--&"})
     assert not set("<>&") & set(embedded)
     assert json.loads(embedded) == {"a": "</script><!--&"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    instance = Browser()
-    yield instance
-    instance.close()
 
 
 MODELS = "[...Bokeh.documents[0].all_models]"

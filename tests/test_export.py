@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_nets import KEPT, after_two_steps
 from torch import nn
-from torch.nn import functional as F
 
 from models.base import build
 from quant import kernels
@@ -20,7 +20,7 @@ from quant.base import FLOAT, QuantizedLayer, find
 from quant.inference import PackedModel
 from quant.inference.file import to_bytes
 from quant.inference.graph import Graph, Node, Preprocessing, coded
-from quant.surgery import MATMUL, Rule, calibrate_, quantize_
+from quant.surgery import MATMUL, calibrate_, quantize_
 from runner.cli import run
 from runner.compose import config_from
 from runner.export.fold import change, fold
@@ -30,10 +30,6 @@ from runner.faults import BadData
 from runner.job import train
 from runner.weights import read_weights
 
-KEPT = [
-    Rule(match=["first", "last"], keep=True),
-    Rule(match=["*shortcut*", "*downsample*"], keep=True, optional=True),
-]
 QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("none", {}), ("xnor", {}), ("xnor", {"input_scale": True}), ("xnor", {"binary_activations": False}),
     ("xnor", {"standardise": True, "tau": 0.9}), ("xnor", {"binary_weights": False}),
@@ -47,16 +43,7 @@ QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
 
 def trained(model: str, quant: str, size: int, channels: int = 3, seed: int = 0, **settings: Any) -> nn.Module:
     """A network after two steps, its normalisations as far from 1 and 0 as training ever takes them: some fall, some are flat."""
-    torch.manual_seed(seed)
-    arguments = settings.pop("arguments", {})
-    net = build(model, in_channels=channels, num_classes=10, image_size=size, **arguments)
-    quantize_(net, find(quant)(**settings), KEPT if quant in ("xnor", "ternary", "dorefa") else [])
-    calibrate_(net, torch.randn(16, channels, size, size))
-    optimizer = torch.optim.SGD(net.parameters(), 0.05)
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(net(torch.randn(8, channels, size, size)), torch.randint(10, (8,))).backward()
-        optimizer.step()
+    net = after_two_steps(model, quant, size, channels, seed=seed, **settings)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
             nn.init.uniform_(module.weight, -1, 1.5)

@@ -6,19 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_nets import after_two_steps
 from torch import nn
 from torch.nn import functional as F
-
-from models.base import build
-from quant.base import find
-from quant.surgery import Rule, calibrate_, quantize_
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from runner.export.onnx import onnx_bytes, session  # noqa: E402  (only where both are installed)
 
-KEPT = [Rule(match=["first", "last"], keep=True), Rule(match=["*shortcut*"], keep=True, optional=True)]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("lenet5", "none", {}), ("lenet5", "xnor", {}), ("lenet5", "xnor", {"input_scale": True}),
     ("lenet5", "xnor", {"binary_activations": False}), ("lenet5", "xnor", {"binary_weights": False}),
@@ -33,16 +29,8 @@ def exported(
     model: str, quant: str, settings: dict[str, Any]
 ) -> tuple[nn.Module, bytes, torch.Tensor, tuple[str, ...]]:
     """A network after two steps, its file, and images for it."""
-    torch.manual_seed(0)
     channels, size = (1, 28) if model == "lenet5" else (3, 16)
-    net = build(model, in_channels=channels, num_classes=10, image_size=size)
-    quantize_(net, find(quant)(**settings), KEPT if quant in ("xnor", "ternary", "dorefa") else [])
-    calibrate_(net, torch.randn(16, channels, size, size))
-    optimizer = torch.optim.SGD(net.parameters(), 0.05)
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(net(torch.randn(8, channels, size, size)), torch.randint(10, (8,))).backward()
-        optimizer.step()
+    net = after_two_steps(model, quant, size, channels, **settings)
     data = SimpleNamespace(in_channels=channels, classes=tuple("0123456789"), mean=(0.0,), std=(1.0,))
     config = SimpleNamespace(model=SimpleNamespace(name=model), quant=SimpleNamespace(name=quant))
     stored: Any = SimpleNamespace(model=net.eval(), sizes={"input_size": size}, data=data, config=config)

@@ -1,13 +1,12 @@
 """Whatever the strings of a run are, every page shows them as text: in a real browser, with every control and tooltip tried."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from browser import CHROMIUM, Browser
+from browser import Browser
 from run_samples import LENET, make_run
 from test_live import LiveServer
 
@@ -90,15 +89,6 @@ def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         "front": search_page(place / "two", "best_val_top1", "packed_bytes"),
         "bench": bench_page(place / "bench.html"),
     }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    instance = Browser()
-    yield instance
-    instance.close()
 
 
 TRY_EVERYTHING = """(() => {

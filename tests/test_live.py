@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 from conftest import environment
 from run_samples import LENET, make_run
 
@@ -66,15 +66,6 @@ def runs(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(runs: Path) -> Iterator[LiveServer]:
     instance = LiveServer(runs)
-    yield instance
-    instance.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    instance = Browser()
     yield instance
     instance.close()
 

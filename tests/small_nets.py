@@ -1,0 +1,33 @@
+"""Networks that have trained for a moment, for tests of what becomes of trained ones."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.base import build
+from quant.base import find
+from quant.surgery import Rule, calibrate_, quantize_
+
+KEPT = [
+    Rule(match=["first", "last"], keep=True),
+    Rule(match=["*shortcut*", "*downsample*"], keep=True, optional=True),
+]
+
+
+def after_two_steps(
+    model: str, quant: str, size: int, channels: int = 3, *, seed: int = 0, arguments: dict[str, Any] | None = None,
+    **settings: Any,
+) -> nn.Module:  # fmt: skip
+    """`arguments` are those of the model, `settings` those of the quantizer; still in training mode."""
+    torch.manual_seed(seed)
+    net = build(model, in_channels=channels, num_classes=10, image_size=size, **(arguments or {}))
+    quantize_(net, find(quant)(**settings), KEPT if quant in ("xnor", "ternary", "dorefa") else [])
+    calibrate_(net, torch.randn(16, channels, size, size))
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.randn(8, channels, size, size)), torch.randint(10, (8,))).backward()
+        optimizer.step()
+    return net
