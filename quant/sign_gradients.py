@@ -7,7 +7,7 @@ Whatever computed the product forward, on packed bits or in floats, its gradient
     table lookups    float32 on a CPU with AVX-512: nothing is multiplied (`quant.kernels.gradients`)
     floats           everything else
     bfloat16         where the layer's geometry says `bf16`: g alpha and g are rounded to 8 bits of mantissa, signs need no
-                     rounding, sums are float32, the results are rounded once
+                     rounding, sums are float32 (some processors without AVX-512 round them), the results are rounded once
 """
 
 from typing import Protocol

@@ -26,6 +26,7 @@ from runner.health import codes_of
 from runner.hoard import Hoard
 from runner.objective import Alphas, Objective, mix
 from runner.optim import optimizer_for
+from runner.preflight import refuse_unfit_images
 from runner.regime import Clock, Setting, data_setting_at, setting_at
 from runner.schema import DataPhase, RunConfig
 from runner.screen import Screen
@@ -95,6 +96,7 @@ class Run:
         self.transform: Callable[[Tensor], Tensor] | None = getattr(self.model, "input_transform", None)
         self.phases, self.data_phases = phases_of(config, self.model)
         refuse_thin_shares(config, self.data_phases, self.world)
+        refuse_unfit_images(self.model, self.data_phases, self.data.in_channels, self.data.image_size)
         self.forward = accelerate(self.world.wrap(self.model, device), config.trainer, device)
         self.ema = _average(self.model, config.trainer.ema) if config.trainer.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")

@@ -6,15 +6,15 @@ depend on how many workers there are, nor on what they did before.
 
 import signal
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from runner.augment import Draw, crop_boxes
 from runner.datasets import Files
@@ -22,6 +22,7 @@ from runner.decode import BadImageError, Box, Bytes, centre_box, opened, to_arra
 
 TEST_CROP = 0.875  # share of the shorter side that is tested on: 224 of 256 pixels (arXiv:1512.03385, section 3.4)
 TIMEOUT = 300  # seconds to wait for one batch: a worker that hangs ends the run instead of holding it for ever
+LOOK_EVERY = 2  # seconds between two looks whether the workers live
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,28 @@ def _stop_workers(loader: DataLoader[Reply]) -> None:
                 worker.kill()
 
 
+class _Watching(_MultiProcessingDataLoaderIter):
+    """Looks after the workers while it waits: the exception that tells of a death can be lost, in a destructor say."""
+
+    def _try_get_data(self, timeout: float = LOOK_EVERY) -> tuple[bool, Any]:
+        look: Callable[..., tuple[bool, Any]] = super()._try_get_data
+        found, data = look(min(timeout, LOOK_EVERY))
+        while not found and (timeout := timeout - LOOK_EVERY) > 0:
+            found, data = look(min(timeout, LOOK_EVERY))
+        return found, data
+
+
+class _Loader(DataLoader[Reply]):
+    def _get_iterator(self) -> _BaseDataLoaderIter:
+        return _Watching(self) if self.num_workers else super()._get_iterator()
+
+
 class Stream:
     """Replies to requests, in their order."""
 
     def __init__(self, files: Files, scale: tuple[float, float] | None, workers: int, pin_memory: bool) -> None:
         self.requests = Requests()
-        self.loader: DataLoader[Reply] = DataLoader(
+        self.loader = _Loader(
             Decoder(files, scale),
             sampler=self.requests,
             batch_size=None,

@@ -109,7 +109,8 @@ def gradients_of(
     optimizer.zero_grad(set_to_none=True)
     loss, right = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     share, seen = share or Share(len(labels)), 0
-    for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
+    parts = min(config.accumulate, max(1, len(labels) // 2))  # batch norm has no variance of one image
+    for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
         seen += len(y)
         with nullcontext() if seen == len(labels) else share.hold():
             logits = run.forward(x)

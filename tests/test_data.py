@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+import os
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -327,6 +330,31 @@ def test_workers_outlive_a_signal_to_the_group_but_not_their_parent(tmp_path: Pa
     command = [sys.executable, "-c", SIGNALLED, str(tmp_path / "tree"), str(tests), str(tests.parent)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True, check=True)
     assert result.stdout.split("\n")[:2] == ["signalled", "images 18"]
+
+
+def test_a_dead_worker_is_noticed_although_its_signal_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies over a pipe that nobody writes to, with nothing sent: only who looks sees it."""
+
+    def children() -> set[int]:
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+    write_images(tmp_path / "tree" / "test", ["a", "b"], 4, (16, 16))
+    write_images(tmp_path / "tree" / "train", ["a", "b"], 4, (16, 16))
+    for victim in (tmp_path / "tree" / "train").glob("*/*"):
+        victim.unlink()
+        os.mkfifo(victim)
+    keys = {"memory": "never", "input_size": 16, "workers": 1, "mean": [0.5] * 3, "std": [0.5] * 3}
+    found, others = images(tmp_path / "tree", **keys), children()
+    handler = signal.getsignal(signal.SIGCHLD)
+    killer = threading.Timer(1.0, lambda: [os.kill(worker, signal.SIGKILL) for worker in children() - others])
+    killer.start()
+    try:
+        monkeypatch.setattr("torch.utils.data._utils.signal_handling._set_SIGCHLD_handler", lambda: None)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            next(found.train.batches(seed=0, epoch=0, batch_size=2))
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def test_streams_are_sharded_as_memory_is(tmp_path: Path) -> None:
