@@ -1,4 +1,7 @@
-"""The harness as a program: every level, two at a time; figures.json at the end, and exit code 1 if anything was bad."""
+"""The harness as a program: every level, two at a time; figures.json at the end, and exit code 1 if anything was bad.
+
+A round may come in pieces: each level's figures say of which commit they are, and those of other levels stay.
+"""
 
 import argparse
 import json
@@ -29,7 +32,8 @@ def main() -> int:
     unknown = set(options.levels) - {level.name for level in LEVELS}
     if unknown:
         sys.exit(f"no level {', '.join(sorted(unknown))}; known: {', '.join(level.name for level in LEVELS)}")
-    figures = _figures(options)
+    about = {"commit": _commit(), "seed": options.seed, "short": options.short}
+    options.out.mkdir(parents=True, exist_ok=True)
     prepare([scenario.config for scenario in short_scenarios()])
 
     def work(level: Any, place: Path) -> dict[str, Any]:
@@ -41,27 +45,17 @@ def main() -> int:
         except Skipped as reason:
             found = {"skipped": str(reason)}
         spent = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return found | {"seconds": round(time.monotonic() - began, 1), "processor_seconds": round(spent, 1)}
+        cost = {"seconds": round(time.monotonic() - began, 1), "processor_seconds": round(spent, 1)}
+        return found | cost | about | {"date": _now()}
 
     with tempfile.TemporaryDirectory(prefix="torture-", dir=options.workplace, ignore_cleanup_errors=True) as folder:
         chosen = {level.name: level for level in LEVELS if level.size(options.short) is not None}
         chosen = {name: level for name, level in chosen.items() if not options.levels or name in options.levels}
         found = at_once(options.jobs, chosen, lambda name, place: work(chosen[name], place), Path(folder))
-    figures |= {name: found[name] for name in chosen}
-    (options.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return _say(found, options.out / "figures.json")
-
-
-def _figures(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures are of; of the same that are there already stay: a round may come in pieces."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {"commit": _commit(), "seed": options.seed, "short": options.short}
-    try:
-        there = json.loads((options.out / "figures.json").read_text())
-        same = all(there[key] == value for key, value in about.items())
-    except (OSError, ValueError, KeyError):
-        there, same = {}, False
-    return (there if same else about) | {"date": _now()}
+    path = options.out / "figures.json"
+    figures = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | found
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return _say(found, path)
 
 
 Work = Callable[[str, Path], dict[str, Any]]

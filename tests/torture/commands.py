@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
@@ -85,7 +86,8 @@ def _disturbed(scenario: Scenario, known: Reference, place: Path, rng: random.Ra
         process = start(scenario.command, place)
         _wait(process, scenario.folder(place), target, rng)
         began = time.monotonic()
-        (os.killpg if to_group else os.kill)(process.pid, sent)
+        with suppress(ProcessLookupError):  # it may be over already
+            (os.killpg if to_group else os.kill)(process.pid, sent)
         code = finished(process)
         tally.lines += 1
         tally.codes[code] += 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.torture import ablation, commands, configs, control, cost, kills, mutants, power, syscalls
+from tests.torture import ablation, commands, configs, control, cost, kills, mutants, power, sweeps, syscalls
 
 Level = Callable[[int, int, Path], dict[str, Any]]
 
@@ -35,6 +35,7 @@ LEVELS = [
     Named("configs", 500, 5_000, configs.run),
     Named("power_cuts", 60, 300, power.run),
     Named("control_kills", 8, 100, control.run_kills),
+    Named("sweep_kills", None, 21, sweeps.run),
     Named("mutants", 1_000, 10_000, mutants.run),
     Named("ablation", 0, 0, ablation.run),
     Named("control_power", 4, 20, control.run_power),

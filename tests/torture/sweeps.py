@@ -1,14 +1,11 @@
-"""Sweeps whose parent is killed again and again: python -m tests.torture.sweeps KILLS [SEED]
+"""Sweeps whose parent is killed again and again.
 
 The parent alone gets SIGKILL, at a random moment of a random job, and the same command follows at once: jobs have to notice that
 nobody waits for them, and none may be done twice.
 """
 
-import json
 import random
 import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -96,10 +93,3 @@ def finals(place: Path) -> dict[str, int]:
 
 def prints(place: Path) -> dict[str, Fingerprint]:
     return {path.parent.name: fingerprint(path.parent) for path in begun(place)}
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="sweeps-") as folder:
-        figures = run(int(sys.argv[1]), int("".join(sys.argv[2:]) or 0), Path(folder))
-    print(json.dumps(figures, indent=1))
-    sys.exit(bool(figures["bad"]))
