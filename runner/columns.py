@@ -12,3 +12,15 @@ EXPECTED = ("epoch", "val_top1", "low", "high", "n")  # of runs of a recipe, epo
 HEALTH = (
     "epoch", "layer", "clip_ratio", "step_size", "dead_steps", "flip_rate", "code_entropy", "grad_norm", "near_threshold",
 )  # fmt: skip
+SCAN = (
+    "quant",
+    "figure",
+    "title",
+    "x_label",
+    "y_label",
+    "logarithmic",
+    "level",
+    "series",
+    "x",
+    "y",
+)  # a point of a figure

@@ -1,4 +1,4 @@
-"""`verify`: the proofs of every quantizer as one table, on screen, as CSV and as Markdown."""
+"""`verify`: the proofs of every quantizer as one table, on screen, as CSV and as Markdown, with the points of figures beside."""
 
 import csv
 import importlib
@@ -6,13 +6,17 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.catalog import catalog
+from runner.columns import SCAN
 from runner.compose import config_from, keys_of, split_options
 from runner.faults import Exit
 from runner.files import write_atomic
 from runner.screen import Screen
+
+if TYPE_CHECKING:
+    from quant.proofs.scans import Scan
 
 COLUMNS = {
     "method": "method",
@@ -34,6 +38,7 @@ def verify(words: Sequence[str]) -> int:
     for plugin in config.plugins:
         importlib.import_module(plugin)
     from quant.proofs import verify as verdicts
+    from quant.proofs.scans import scans
 
     folder, screen = Path(config.outputs), Screen("plain")
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +49,18 @@ def verify(words: Sequence[str]) -> int:
     screen.table("Largest deviations, in units of the largest value compared with", list(COLUMNS), shown)
     wrong = [row for row in rows if not row["holds"]]
     proved = [row for row in rows if row["holds"] and row["deviation"] is not None]
+    if points := [point for scan in scans(names) for point in points_of(scan)]:
+        write_atomic(folder / "scans.csv", as_csv(points).encode(), durable=False)
     screen.say(f"{len(proved)} claims hold, {len(wrong)} deviate: {(folder / 'verify.csv').resolve()}")
     return int(Exit.JOB_FAILED if wrong else Exit.DONE)
+
+
+def points_of(scan: "Scan") -> Iterable[dict[str, Any]]:
+    """A row a point, with all that a chart needs; `report` draws them."""
+    about = {key: value for key, value in vars(scan).items() if key in SCAN}
+    for label, line in scan.lines.items():
+        for x, y in line:
+            yield about | {"series": label, "x": f"{x:.6g}", "y": f"{y:.4g}"}
 
 
 def as_csv(rows: Iterable[dict[str, Any]]) -> str:

@@ -1,44 +1,108 @@
 """The README says what the files say: its table is made from the published rows, its choices are the ones there are."""
 
 import csv
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from runner.compose import choices_of
-from runner.pages.report import as_markdown, collect
+from runner.pages.report_pages import with_tables
+from runner.pages.report_parts import make_report
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TABLES = {"lenet5_mnist.csv": "README.md", "variants_lenet5_mnist.csv": "quant/README.md"}
+QUANT = (ROOT / "quant" / "README.md").read_text(encoding="utf-8")
+PUBLISHED = ROOT / "outputs" / "published"
+PAGES = ("README.md", "quant/README.md", "quant/kernels/README.md")
+SHOWN = {
+    "README.md": ("lenet5_mnist.csv", "bench_step_resnet18.csv"),
+    "quant/README.md": ("variants_lenet5_mnist.csv",),
+    "quant/kernels/README.md": ("bench_conv.csv", "bench_peers.csv"),
+}
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_published_table_stands_where_the_rows_give_it(name: str) -> None:
-    page = (ROOT / TABLES[name]).read_text(encoding="utf-8")
-    assert as_markdown(collect([ROOT / "outputs" / "published" / name])) in page
-    assert f"report outputs/published/{name}" in page
+@pytest.mark.parametrize("page", PAGES)
+def test_a_table_stands_where_the_rows_give_it(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert all(f"<!-- table: outputs/published/{name}" in text for name in SHOWN[page])
+    assert with_tables(text) == text, f"python -m runner report --pages {page}"
 
 
-def table_of_steps() -> str:
-    """What `bench step` has measured, as the README shows it."""
-    with (ROOT / "outputs" / "published" / "bench_step_resnet18.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    lines = ["| a training step with | time | saved for backward | peak of tensors |", "| --- | --- | --- | --- |"]
-    for row in rows:
-        time, low, high, saved, peak = (float(row[key]) for key in ("time", "time_low", "time_high", "saved", "peak"))
-        lines.append(f"| {row['name']} | {time:.2f} [{low:.2f}, {high:.2f}] | {saved:.3f} | {peak:.2f} |")
-    return "\n".join(lines)
+def test_a_figure_is_what_the_rows_give() -> None:
+    report, _ = make_report(sorted(PUBLISHED.glob("*.csv")))
+    made = {f"{picture.name}.svg": picture.svg for picture in report.pictures}
+    kept = {path.name: path.read_text(encoding="utf-8") for path in (PUBLISHED / "figures").iterdir()}
+    stale = {name for name in made.keys() | kept.keys() if made.get(name) != kept.get(name)}
+    command = "python -m runner report outputs/published/*.csv --format svg --out outputs/published/figures"
+    assert not stale, f"{command}: {', '.join(sorted(stale))}"
 
 
-def test_the_table_of_training_steps_is_what_was_measured() -> None:
-    assert table_of_steps() in README
+def scan(figure: str) -> dict[tuple[str, float], float]:
+    """The points of a figure of `verify`: y by series and x."""
+    with (PUBLISHED / "scans.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if f"{row['quant']}-{row['figure']}" == figure]
+    return {(row["series"], float(row["x"])): float(row["y"]) for row in rows}
+
+
+def test_what_is_said_of_the_mean_is_in_the_scan() -> None:
+    left = scan("xnor-scale")
+    for kind, share in (("normal", 1 - 2 / math.pi), ("uniform", 1 / 4), ("Laplace", 1 / 2)):
+        here = {x: y for (series, x), y in left.items() if series == f"{kind} weights"}
+        assert min(here, key=lambda x: here[x]) == 1.0
+        assert here[1.0] == pytest.approx(share, abs=1e-3)
+    assert "$1 - 2/\\pi = 0.363$ for normal weights, $1/4$ for uniform ones, $1/2$" in QUANT
+    assert "misses **36 %**" in QUANT
+
+
+def test_what_is_said_of_gradients_is_in_the_scans() -> None:
+    cosines, terms = scan("xnor-printed-gradient"), scan("xnor-alpha-term")
+    assert all(y == 1 for (series, _), y in cosines.items() if series == "binop")
+    assert all(abs(cosines["paper", x] - y) < 1e-3 for (series, x), y in cosines.items() if series == "ste")
+    assert all(y > 10 for (series, _), y in terms.items() if series == "nothing behind")
+    for series in ("batch norm", "ReLU, max pool, batch norm"):
+        here = [y for (name, _), y in sorted(terms.items()) if name == series]
+        assert here == sorted(here, reverse=True)
+        assert here[-1] < 1e-3
+
+
+def test_what_is_said_of_steps_is_in_the_scans() -> None:
+    rates, errors = scan("lsq-step-gradient"), scan("lsq-lost-bit")
+    assert rates["grad_scale none", 1e6] / rates["grad_scale none", 1e2] == pytest.approx(100, rel=0.05)  # sqrt of 10^4
+    assert all(y < 1 for (series, _), y in rates.items() if series != "grad_scale none")
+    for bits in range(3, 9):
+        assert errors["symmetric (plain)", bits] == pytest.approx(errors["unsigned (v3, v1, plus)", bits - 1], rel=1e-3)
+
+
+def test_what_is_said_of_constants_is_in_the_scans() -> None:
+    constants, others = scan("8bit-rangebn-constant"), scan("8bit-rangebn-distribution")
+    assert all(y == 1 for (series, _), y in constants.items() if series == "scale d2")
+    assert [round(constants["scale paper", n], 2) for n in (16, 131072)] == [1.5, 1.83]
+    assert [round(constants["scale reference", n], 2) for n in (16, 131072)] == [0.81, 0.99]
+    assert "1.5 times too much at 16 values, 1.83 times at 131,072" in QUANT
+    assert "0.81 at 16 values, 0.99 at 131,072" in QUANT
+    relu = [y for (series, _), y in others.items() if series == "normal behind a ReLU"]
+    assert max(relu) - min(relu) < 1e-3
+    for series, sign in (("uniform", -1), ("Laplace", 1)):
+        here = [sign * y for (name, _), y in sorted(others.items()) if name == series]
+        assert here == sorted(here)
+
+
+def test_what_is_said_of_compression_is_in_the_rows() -> None:
+    points = [(x, y) for (series, x), y in scan("actgrad-compression").items() if series == "stochastic"]
+    (most, least_wrong), (less, wrong) = sorted(points, reverse=True)[:2]  # 8 bits, 4 bits
+    assert f"{wrong / least_wrong:.0f} times the error for {less / most:.1f} of the bytes" in QUANT
+    with (PUBLISHED / "bench_step_resnet18.csv").open(encoding="utf-8", newline="") as file:
+        saved = {row["name"]: float(row["saved"]) for row in csv.DictReader(file)}
+    exact, quantized = saved["actgrad"], saved["actgrad bits=2 norm=quantized"]
+    assert f"{exact:.3f} of float's bytes with 4 bits and `norm: exact`, {quantized:.3f} with 2 bits" in QUANT
 
 
 def test_every_published_file_is_named_on_a_page() -> None:
-    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "quant/README.md"))
-    idle = [path.name for path in (ROOT / "outputs" / "published").iterdir() if path.name not in pages]
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    idle = [path.name for path in PUBLISHED.iterdir() if path.name not in pages]
     assert not idle
 
 
@@ -48,6 +112,12 @@ def test_every_choice_is_named(group: str) -> None:
     assert not missing
 
 
-def test_every_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [*PAGES, "conf/experiment/README.md", "runner/README.md"])
+def test_every_link_leads_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target, part in re.findall(r"\]\(([^)#:\s]*)(#[^)\s]+)?\)", text):
+        place = (ROOT / page).parent / target if target else ROOT / page
+        assert place.exists(), target
+        if part:
+            headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            assert part[1:] in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, part

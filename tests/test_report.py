@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from runner.faults import ConfigError
-from runner.pages.report import as_csv, as_markdown, collect, report
+from runner.pages.report import as_markdown, report
+from runner.pages.report_pages import with_tables
+from runner.pages.results import as_csv, collect
 
 
 def make(root: Path, quant: str, seed: int, top1: float, *words: str) -> None:
@@ -66,5 +69,69 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         report([str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match="no finished run"):
         report([str(tmp_path)])
-    with pytest.raises(ConfigError, match="not accepted: md, html, latex, csv"):
+    with pytest.raises(ConfigError, match="not accepted: md, html, latex, csv, curve, svg"):
         report(["--format", "doc"])
+    with pytest.raises(ConfigError, match="say where the figures go"):
+        report(["--format", "svg"])
+
+
+SCAN = """quant,figure,title,x_label,y_label,logarithmic,level,series,x,y
+lsq,rate,How <fast>,weights,R,xy,1.0,none,100,5
+lsq,rate,How <fast>,weights,R,xy,1.0,none,1000,0.05
+lsq,rate,How <fast>,weights,R,xy,1.0,scaled,1000,0.5
+"""
+STEP = """name,against,time,time_low,time_high,saved,peak
+float32,float32,1.0,1.0,1.0,1.0,1.0
+lsq,float32,0.75,0.5,0.8,0.1234,2.0
+"""
+
+
+def test_figures_alone_are_written_for_every_kind_of_file(outputs: Path, tmp_path: Path) -> None:
+    runs, scan, step = (tmp_path / f"{name}.csv" for name in ("rows", "scan", "step"))
+    runs.write_text(as_csv(collect([outputs])))
+    scan.write_text(SCAN)
+    step.write_text(STEP)
+    assert report([*map(str, (runs, scan, step)), "--format", "svg", "--out", str(tmp_path / "figures")]) == 0
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"lenet5-mnist-10-packed.svg", "lenet5-mnist-10-saved.svg", "lsq-rate.svg"} | {
+        f"step-{part}.svg" for part in ("time", "saved")
+    }
+    drawn = ElementTree.parse(tmp_path / "figures" / "lsq-rate.svg")
+    texts = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[:3] == ["How <fast>", "none", "scaled"]
+    assert {"0.1", "1", "100", "1,000"} <= set(texts)  # both axes are logarithmic
+
+
+def test_settings_of_a_quantizer_are_drawn_beside_float(outputs: Path, tmp_path: Path) -> None:
+    for seed, top1 in enumerate([98.4, 98.8, 98.9]):
+        make(outputs, "lsq", seed, top1, "quant.act_bits=3", "quant.grad_weight_bits=16")
+    assert report([str(outputs), "--format", "svg", "--out", str(tmp_path / "figures")]) == 0
+    drawn = (tmp_path / "figures" / "lenet5-mnist-10-lsq.svg").read_text()
+    for words in (
+        "lsq A2",
+        "lsq A3 grad_weight_bits=16",
+        "-1.00 [-1.50, -0.50]",
+        "-0.50 [-0.75, -0.25]",
+        "n = 3",
+    ):
+        assert words in drawn
+
+
+def test_a_marked_table_in_a_page_is_made_anew(tmp_path: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("step.csv").write_text(STEP)
+    Path("scan.csv").write_text(SCAN)
+    Path("rows.csv").write_text(as_csv(collect([outputs])))
+    parts = ("step.csv", "scan.csv lsq-rate", "rows.csv lsq")
+    Path("page.md").write_text("".join(f"text\n<!-- table: {part} -->\nold\n<!-- end -->\n" for part in parts))
+    assert report(["--pages", "page.md"]) == 0
+    page = Path("page.md").read_text()
+    assert "old" not in page
+    assert page.count("text\n") == 3
+    assert "| lsq | 0.75 [0.50, 0.80] | 0.123 | 2.00 |" in page
+    assert "| 1,000 | 0.05 | 0.5 |" in page
+    assert as_markdown(collect([Path("rows.csv")])) in page
+    assert with_tables(page) == page
+    for lost in ("nowhere.csv", "scan.csv lsq-other", "rows.csv xnor"):
+        with pytest.raises(ConfigError, match=lost.split()[-1]):
+            with_tables(f"<!-- table: {lost} -->\n<!-- end -->\n")

@@ -7,7 +7,8 @@ from typing import Any
 
 from runner.faults import ConfigError, Fault
 from runner.pages.page import Column, still_page, table, text
-from runner.pages.report_parts import Report, Table
+from runner.pages.report_parts import Report
+from runner.pages.report_records import Table
 from runner.pages.report_words import count
 from runner.pages.results import Row
 
@@ -20,8 +21,9 @@ LATEX = {
 
 def markdown(report: Report, pictures_in: str | None) -> str:
     """Markdown; figures only where they are files beside it."""
-    parts = ["# Results\n", markdown_table(report.results)]
-    parts += ["## What the numbers say\n", *(f"{_markdown(paragraph)}\n" for paragraph in report.discussion)]
+    parts = ["# Results\n", *(markdown_table(each) for each in _results(report))]
+    if report.discussion:
+        parts += ["## What the numbers say\n", *(f"{_markdown(paragraph)}\n" for paragraph in report.discussion)]
     if pictures_in:
         parts += [
             "## Figures\n",
@@ -32,6 +34,11 @@ def markdown(report: Report, pictures_in: str | None) -> str:
     for each in report.tables:
         parts += [f"## {each.caption}\n", markdown_table(each)]
     return "\n".join(parts)
+
+
+def _results(report: Report) -> list[Table]:
+    """The table of the runs, where there are any, and those of what was measured besides."""
+    return [*([report.results] if report.groups else []), *report.measured]
 
 
 def markdown_table(each: Table) -> str:
@@ -52,7 +59,8 @@ def _markdown(value: str) -> str:
 
 def html(report: Report, pictures_in: str | None) -> str:
     """One page with its figures inside; nothing in it can run."""
-    parts = [f'<div class="results">{_html_table(report.results)}</div>', "<h2>What the numbers say</h2>"]
+    parts = [f'<div class="results">{_html_table(each)}</div>' for each in _results(report)]
+    parts += ["<h2>What the numbers say</h2>"] if report.discussion else []
     parts += [f"<p>{text(paragraph)}</p>" for paragraph in report.discussion]
     figures = "".join(f"<figure>{p.svg}<figcaption>{text(p.caption)}</figcaption></figure>" for p in report.pictures)
     parts.append(f'<h2>Figures</h2><div class="pictures">{figures}</div>' if figures else "")
@@ -74,7 +82,8 @@ def _html_table(each: Table) -> str:
 def latex(report: Report, pictures_in: str | None) -> str:
     """Sections to be put into a paper: booktabs for tables, the svg package for figures."""
     parts = [r"% needs \usepackage{booktabs,longtable} and, for the figures, \usepackage{svg}", r"\section*{Results}"]
-    parts += [_latex_table(report.results), *(f"{_latex(paragraph)}\n" for paragraph in report.discussion)]
+    parts += [_latex_table(each) for each in _results(report)]
+    parts += [f"{_latex(paragraph)}\n" for paragraph in report.discussion]
     for picture in report.pictures if pictures_in else ():
         graphic = rf"\includesvg[width=\linewidth]{{{pictures_in}/{picture.name}}}"
         parts.append(rf"\begin{{figure}}\centering{graphic}\caption{{{_latex(picture.caption)}}}\end{{figure}}")

@@ -1,6 +1,5 @@
 """What a report says, before any format: tables, figures, and sentences that are made of numbers which are there."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,8 +8,9 @@ from typing import Any
 
 from runner.pages.records import read_run
 from runner.pages.report_pictures import Picture, pictures
+from runner.pages.report_records import Table, bench_records, record_of, record_tables
 from runner.pages.report_words import discussion
-from runner.pages.results import Group, Row, by_task, groups_of, spread
+from runner.pages.results import Group, Row, by_task, collect, groups_of, spread
 from runner.pages.settings import flatten, shown
 
 NOT_RUN = "not run"
@@ -35,15 +35,6 @@ ENVIRONMENT = ("cpu", "threads", "torch", "code")
 
 
 @dataclass
-class Table:
-    """Headings and rows of texts."""
-
-    caption: str
-    headings: Sequence[str]
-    rows: list[list[str]]
-
-
-@dataclass
 class Report:
     """All parts, in the order of reading; each is made when somebody asks for it, from rows and from folders of runs."""
 
@@ -63,17 +54,23 @@ class Report:
         return list(pictures(self.groups, self.records))
 
     @cached_property
+    def measured(self) -> list[Table]:
+        return [table for record in self.records for table in record_tables(record)]
+
+    @cached_property
     def tables(self) -> list[Table]:
-        return list(_settings_tables(self.groups))
+        return list(_settings_tables(self.groups)) if self.groups else []
 
     @cached_property
     def holes(self) -> list[str]:
-        return _at_most(MOST_HOLES, list(_holes(self.groups, self.records)))
+        return _at_most(MOST_HOLES, list(_holes(self.groups, self.records))) if self.groups else []
 
 
-def make_report(rows: Sequence[Row], bench: Sequence[Path]) -> Report:
-    """Everything that can be said about the rows and about the benchmarks found in the folders `bench`."""
-    return Report(groups_of(rows), list(bench_records(bench)))
+def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> tuple[Report, list[Row]]:
+    """Everything that can be said about these run folders and files, and about the benchmarks found in the folders `bench`."""
+    records = {path: record for path in paths if path.is_file() and (record := record_of(path))}
+    rows = collect(path for path in paths if path not in records)
+    return Report(groups_of(rows), [*records.values(), *bench_records(bench)]), rows
 
 
 def results_table(groups: Sequence[Group]) -> Table:
@@ -97,18 +94,6 @@ def _line(group: Group) -> list[str]:
 def _mean(group: Group, key: str, unit: float, form: str) -> str:
     mean = group.mean(key)
     return "" if mean is None else form.format(mean / unit)
-
-
-def bench_records(folders: Sequence[Path]) -> Iterable[dict[str, Any]]:
-    """What `bench conv` and `bench step` left, as far as it can be read."""
-    for path in sorted(path for folder in folders for path in folder.glob("*.json")):
-        kind = path.name.partition("-")[0]
-        try:
-            record = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if kind in ("conv", "step") and isinstance(record, dict) and record.get("rows"):
-            yield {**record, "kind": kind, "name": path.stem}
 
 
 def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:

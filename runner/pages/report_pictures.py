@@ -8,9 +8,12 @@ from typing import Any
 
 from runner.pages import svg
 from runner.pages.records import read_run
+from runner.pages.report_records import scan_figures
 from runner.pages.results import Group, by_task, deviation
+from runner.pages.svg_rows import Dot, bars, dots
 
 LONGEST = 50  # letters beside a point
+LONGEST_ROW = 62  # and over a row
 MOST_CURVES = 20  # in one chart
 
 
@@ -37,6 +40,7 @@ class Picture:
 def pictures(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[Picture]:
     """All of them, those of the runs first."""
     yield from _accuracy_pictures(groups)
+    yield from _variant_pictures(groups)
     for task, members in by_task(groups):
         if picture := _curves(task, members):
             yield picture
@@ -57,7 +61,7 @@ def _accuracy_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
             series = [_point(cost, group) for cost, group in known]
             chart = svg.Chart(
                 f"{model} on {dataset}, {epochs} epochs: accuracy and {name}", axis, "test accuracy, %", series,
-                logarithmic=max(cost for cost, _ in known) > 8 * min(cost for cost, _ in known),
+                logarithmic="x" if max(cost for cost, _ in known) > 8 * min(cost for cost, _ in known) else "",
                 front=pareto([(cost, one.y[0]) for (cost, _), one in zip(known, series, strict=True)]),
             )  # fmt: skip
             caption = (
@@ -67,6 +71,27 @@ def _accuracy_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
             yield Picture(f"{model}-{dataset}-{epochs}-{key.split('_')[0]}", caption, chart.svg())
 
 
+def _variant_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
+    """Where several settings of one quantizer were run: how far each is from float, as sure as the seeds allow."""
+    for (model, dataset, epochs), members in by_task(groups):
+        for quant in dict.fromkeys(group.quant for group in members):
+            rows = [row for group in members if group.quant == quant and (row := _beside_float(group))]
+            if len(rows) < 2:
+                continue
+            title = f"{model} on {dataset}, {epochs} epochs: {quant} beside float"
+            drawn = dots(title, "test accuracy minus float, points: mean over seeds, 95 % interval", rows, level=0.0)
+            caption = f"{model} on {dataset}: settings of {quant}, test accuracy minus that of float, seed by seed."
+            yield Picture(f"{model}-{dataset}-{epochs}-{quant}", caption, drawn)
+
+
+def _beside_float(group: Group) -> Dot | None:
+    gap = group.difference()
+    if gap is None or gap.half is None:
+        return None
+    ends = gap.mean - gap.half, gap.mean + gap.half
+    return Dot(_short(group, LONGEST_ROW), gap.mean, *ends, f"{gap}, n = {gap.n}")
+
+
 def _point(cost: float, group: Group) -> svg.Series:
     values = [row["test_top1"] for row in group.rows]
     mean = sum(values) / len(values)
@@ -74,10 +99,10 @@ def _point(cost: float, group: Group) -> svg.Series:
     return svg.Series(_short(group), [cost], [mean], [mean - sd], [mean + sd], lines=False)
 
 
-def _short(group: Group) -> str:
+def _short(group: Group, longest: int = LONGEST) -> str:
     """As short as it can stand beside a point: W and A are the bits of weights and activations."""
-    short = group.name.replace("quant.", "").replace("weight_bits=", "W").replace("act_bits=", "A")
-    return "float32" if short == "none" else group.cut(short, LONGEST)
+    short = re.sub(r"\bact_bits=", "A", re.sub(r"\bweight_bits=", "W", group.name.replace("quant.", "")))
+    return "float32" if short == "none" else group.cut(short, longest)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -126,23 +151,40 @@ def _curve(group: Group) -> svg.Series | None:
 
 
 def bench_pictures(record: dict[str, Any]) -> Iterable[Picture]:
-    """Bars of training steps, curves of convolutions."""
-    rows, name = record["rows"], record["name"]
-    if record["kind"] == "step":
-        title = f"{record['facts'].get('model', '')}, batch {record['facts'].get('batch', '')}"
-        labels = [row["name"] for row in rows]
-        ranges = [(row["time_low"], row["time_high"]) for row in rows]
-        for key, words in (("time", "time of a training step"), ("saved", "bytes saved for backward")):
-            picture = svg.bars(
-                f"{title}: {words}, float32 = 1",
-                labels,
-                [row[key] for row in rows],
-                ranges if key == "time" else [None] * len(rows),
+    """Bars of training steps, curves of convolutions, lines of scans."""
+    draw = {"step": _step_pictures, "conv": _conv_pictures, "scan": _scan_pictures}.get(record["kind"])
+    yield from draw(record["name"], record["rows"], record.get("facts", {})) if draw else ()
+
+
+def _step_pictures(name: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterable[Picture]:
+    title = f"{facts['model']}, batch {facts['batch']}: " if facts else ""
+    labels = [row["name"] for row in rows]
+    ranges = [(row["time_low"], row["time_high"]) for row in rows]
+    for key, words in (("time", "time of a training step"), ("saved", "bytes saved for backward")):
+        spreads = ranges if key == "time" else [None] * len(rows)
+        picture = bars(f"{title}{words}, float32 = 1", labels, [row[key] for row in rows], spreads)
+        yield Picture(f"{name}-{key}", f"{title}{words} as a ratio to float32 measured in the same process.", picture)
+
+
+def _scan_pictures(name: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterable[Picture]:
+    for figure, points in scan_figures(rows).items():
+        first = points[0]
+        series = [
+            svg.Series(
+                label,
+                [p["x"] for p in points if p["series"] == label],
+                [p["y"] for p in points if p["series"] == label],
             )
-            yield Picture(
-                f"{name}-{key}", f"{title}: {words} as a ratio to float32 measured in the same process.", picture
-            )
-        return
+            for label in dict.fromkeys(point["series"] for point in points)
+        ]
+        chart = svg.Chart(
+            first["title"], first["x_label"], first["y_label"], series,
+            logarithmic=first["logarithmic"], level=first["level"] if first["level"] != "" else None,
+        )  # fmt: skip
+        yield Picture(figure, f"{first['title']}.", chart.svg())
+
+
+def _conv_pictures(name: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterable[Picture]:
     drawn = (("kernel_speedup", "kernel"), ("alpha_speedup", "with packing and alpha"), ("alpha_k_speedup", "with alpha and K"),
              ("paper", "formula of the paper"))  # fmt: skip
     for part, axis, key in (("channels", "input channels", "in_channels"), ("filter", "filter width", "kernel")):
@@ -153,7 +195,7 @@ def bench_pictures(record: dict[str, Any]) -> Iterable[Picture]:
             ]
             chart = svg.Chart(
                 f"Binary convolution: speedup over {part}", axis, "speedup over float32", series,
-                logarithmic=part == "channels" and len(mine) > 1, from_zero=True, level=1.0,
+                logarithmic="x" if part == "channels" and len(mine) > 1 else "", from_zero=True, level=1.0,
             )  # fmt: skip
             yield Picture(
                 f"{name}-{part}", f"Speedup of the packed binary convolution over float32, by {axis}.", chart.svg()

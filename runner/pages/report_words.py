@@ -63,6 +63,8 @@ def _about_cost(members: Sequence[Group]) -> Iterable[str]:
 def _about_bench(record: dict[str, Any]) -> str:
     facts, rows = record.get("facts", {}), record["rows"]
     where = f"{facts.get('threads', '?')} thread(s) of {facts.get('cpu', 'an unknown processor')}"
+    if not facts:  # rows of a CSV file, which do not say where they were measured
+        return ""
     if record["kind"] == "conv":
         best = max(rows, key=lambda row: row["kernel_speedup"])
         return (

@@ -80,7 +80,7 @@ class Chart:
     x_label: str
     y_label: str
     series: list[Series] = field(default_factory=list)
-    logarithmic: bool = False  # the x axis
+    logarithmic: str = ""  # the axes that are: x, y, xy
     front: Sequence[tuple[float, float]] = ()  # a line of steps behind the points
     from_zero: bool = False
     level: float | None = None  # a line across
@@ -105,22 +105,24 @@ class Chart:
             parts += _drawn(series, index, x, y)
         if points:
             parts += _labels(self.series, self.front, x, y)
-        return _document("\n".join(parts), height, self._in_words())
+        return document("\n".join(parts), height, self._in_words())
 
     def _scales(self, top: float, bottom: float) -> tuple[Scale, Scale]:
         xs = [value for series in self.series for value in series.x]
         ys = [v for series in self.series for values in (series.y, series.low, series.high) for v in values]
         ys += [] if self.level is None else [self.level]
         low, high = (min(xs), max(xs)) if xs else (0.0, 1.0)
-        if self.logarithmic:
-            low, high = low / (high / low) ** 0.06 / 1.05, high * (high / low) ** 0.2 * 1.05
-        elif any(not series.lines for series in self.series):
+        points = any(not series.lines for series in self.series)  # with names beside them
+        if "x" in self.logarithmic:
+            low, high = _wider(low, high, 0.06, 0.2 if points else 0.06)
+        elif points:
             low, high = low - 0.06 * (high - low or 1), high + 0.16 * (high - low or 1)
+        x = Scale(low, high, LEFT, WIDTH - RIGHT, "x" in self.logarithmic)
         bottom_y, top_y = (min(ys), max(ys)) if ys else (0.0, 1.0)
+        if "y" in self.logarithmic:
+            return x, Scale(*_wider(bottom_y, top_y, 0.06, 0.06), bottom, top, logarithmic=True)
         room = 0.06 * (top_y - bottom_y or abs(top_y) or 1)
-        bottom_y = 0.0 if self.from_zero else bottom_y - room
-        x = Scale(low, high, LEFT, WIDTH - RIGHT, self.logarithmic)
-        return x, Scale(bottom_y, top_y + room, bottom, top)
+        return x, Scale(0.0 if self.from_zero else bottom_y - room, top_y + room, bottom, top)
 
     def _axes(self, x: Scale, y: Scale, height: float) -> Iterable[str]:
         for tick in y.ticks(6):
@@ -141,26 +143,9 @@ class Chart:
         return f"{self.title}. {self.y_label} over {self.x_label}. {said}"
 
 
-def bars(
-    title: str, labels: Sequence[str], values: Sequence[float], ranges: Sequence[tuple[float, float] | None]
-) -> str:
-    """Horizontal bars from 0 with the value at the end of each, whiskers where there is a range, a line at 1."""
-    left = min(300.0, 20 + LETTER * 1.15 * max(map(len, labels)))
-    height = 50 + 24 * len(labels)
-    reach = max([*values, 1.0, *(r[1] for r in ranges if r)])
-    x = Scale(0, reach, left, WIDTH - 64)
-    parts = [f'<text class="title" x="16" y="20">{escape(title)}</text>']
-    for index, (label, value, spread) in enumerate(zip(labels, values, ranges, strict=True)):
-        y = 36 + 24 * index
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(label)}</text>')
-        parts.append(f'<rect class="f0" x="{left}" y="{y}" width="{x(value) - left:.1f}" height="18" opacity=".75"/>')
-        if spread:
-            parts.append(f'<path class="axis" d="M{x(spread[0]):.1f} {y + 9}H{x(spread[1]):.1f}" stroke-width="2"/>')
-        after = x(max(value, spread[1] if spread else value)) + 6
-        parts.append(f'<text x="{after:.1f}" y="{y + 13}">{figure(value)}</text>')
-    parts.append(f'<path class="front" d="M{x(1):.1f} 30V{height - 10}"/>')
-    said = "; ".join(f"{label}: {figure(value)}" for label, value in zip(labels, values, strict=True))
-    return _document("\n".join(parts), height, f"{title}. {said}")
+def _wider(low: float, high: float, before: float, after: float) -> tuple[float, float]:
+    """The ends of a logarithmic axis, with room for marks: shares of its length, and a little where it has none."""
+    return low / (high / low) ** before / 1.05, high * (high / low) ** after * 1.05
 
 
 def figure(value: float) -> str:
@@ -258,7 +243,8 @@ def _steps(places: Sequence[tuple[float, float]]) -> str:
     return f"M{first[0]:.1f} {first[1]:.1f}" + "".join(f"H{a:.1f}V{b:.1f}" for a, b in rest)
 
 
-def _document(body: str, height: float, words: str) -> str:
+def document(body: str, height: float, words: str) -> str:
+    """The whole picture, with `words` for those who do not see it."""
     light = "".join(f".s{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(LIGHT))
     dark = "".join(f".s{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(DARK))
     return (
