@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from bokeh.document import Document
 from bokeh.models import VArea
 from bokeh.models.renderers.glyph_renderer import GlyphRenderer
 from run_samples import LENET, make_run
@@ -57,8 +56,9 @@ def test_the_band_lies_behind_the_accuracy_as_far_as_the_run_has_come(
     made = curve(runs, capsys)
     folder = make_run(runs / "new", epochs=2, layers=LENET, drops=(1,), seed=9)
     (folder / "expected.csv").write_text(made)
-    html, sheet = curve_section(read_run(folder), Document())
+    html, sheet = curve_section(read_run(folder))
     assert "of the recipe, n = 3" in html
+    sheet.draw()
     drawn = [model for model in sheet.document.models if isinstance(model, GlyphRenderer)]
     (source,) = [renderer.data_source for renderer in drawn if isinstance(renderer.glyph, VArea)]
     assert list(source.data["x"]) == [1, 2]
@@ -69,6 +69,6 @@ def test_the_band_lies_behind_the_accuracy_as_far_as_the_run_has_come(
 @pytest.mark.parametrize("content", ["", "epoch,val_top1,low,high,n\n", "epoch,val_top1\n0,1\n", "\0\0", "x" * 1000])
 def test_without_a_curve_that_can_be_read_there_is_no_band(content: str, runs: Path) -> None:
     (runs / "r0" / "expected.csv").write_text(content)
-    html, _ = curve_section(read_run(runs / "r0"), Document())
+    html, _ = curve_section(read_run(runs / "r0"))
     assert "of the recipe" not in html
     assert json.loads((runs / "r0" / "summary.json").read_text())

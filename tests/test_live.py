@@ -11,11 +11,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import Browser
 from conftest import environment
 from run_samples import LENET, make_run
 
+from runner.pages.dashboard import run_charts, run_parts
+from runner.pages.live_documents import news_of
+from runner.pages.records import read_run
 from runner.pages.watch import Watch
 
 PATIENCE = 60.0
@@ -105,6 +109,7 @@ def test_a_run_is_followed_and_the_view_stays(browser: Browser, server: LiveServ
     grow(runs / "growing", source, 6, tail=b"6,12")
     browser.wait_for(f"{POINTS} === 7")
     browser.wait_for("document.querySelector('[data-part=epochs] tbody').rows.length === 6")
+    assert "epoch 6 of 60" in browser.ask("document.querySelector('header').textContent")
     assert browser.ask(RANGE)[1] == pytest.approx(6 * 1.03), "what is shown whole grows with the run"
     browser.ask("document.querySelector('[data-move=closer]').click()")
     browser.ask("document.querySelector('[data-part=epochs] details').open = true")
@@ -115,6 +120,27 @@ def test_a_run_is_followed_and_the_view_stays(browser: Browser, server: LiveServ
     browser.wait_for("document.querySelector('[data-part=epochs] tbody').rows.length === 9")
     assert browser.ask("document.querySelector('[data-part=epochs] details').open")
     assert browser.complaints() == []
+
+
+def test_a_followed_page_shows_what_one_that_is_opened_now_shows(tmp_path: Path) -> None:
+    growing(tmp_path / "run", tmp_path / "source", 3)
+    run = read_run(tmp_path / "run")
+    *_, sheet = run_charts(run)
+    sheet.draw()
+    parts = run_parts(run)
+    for epochs in (4, 4, 40):
+        grow(tmp_path / "run", tmp_path / "source", epochs)
+        run = read_run(tmp_path / "run")
+        assert "reload" not in news_of(run, sheet, parts)["part"]
+        *_, fresh = run_charts(run)
+        models = {name: sheet.document.get_model_by_name(name) for name in fresh.moving}
+        assert {"points", "best accuracy", "health", "colours clip_ratio"} <= {name for name in models if models[name]}
+        for name, model in models.items():
+            for key, value in fresh.moving[name].items() if model else ():
+                np.testing.assert_equal(getattr(model, key), value)
+        assert parts == run_parts(run)
+    make_run(tmp_path / "other", epochs=9, layers=LENET, drops=(3,))
+    assert news_of(read_run(tmp_path / "other"), sheet, parts)["part"] == ["reload"], "its phases are new to this page"
 
 
 def test_the_list_of_runs_follows_too_and_names_what_is_broken(

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from run_samples import LENET, make_run
 
-from runner.pages.records import complete_lines, find_runs, read_run
+from runner.columns import METRICS
+from runner.pages import records
+from runner.pages.records import Memory, complete_lines, find_runs, read_run
 
 
 @pytest.fixture
@@ -38,6 +40,41 @@ def test_a_file_cut_at_any_byte_gives_only_rows_that_were_finished(run_folder: P
         metrics = read_run(tmp_path).metrics
         finished = max(sum(end < cut for end in ends) - 1, 0)
         assert metrics.equals(whole.iloc[:finished]), f"cut at byte {cut}"
+
+
+def test_who_reads_again_and_again_sees_what_a_new_reader_sees(run_folder: Path) -> None:
+    """Rows that come, torn tails, files that are cut back and go on with other rows, broken rows, vanish and come again."""
+    path = run_folder / "timing.csv"
+    header, *rows = path.read_bytes().splitlines(keepends=True)
+    others = [row.replace(b",1.25,", b",2.50,") for row in rows]
+    contents = [
+        header, header[:9], header + rows[0], header + rows[0] + rows[1][:7], header + b"".join(rows[:2]),
+        header + b"".join(rows[:4]), header + b"".join(rows[:2]), header + b"".join([*rows[:2], *others[2:]]),
+        header + b"".join([*rows[:2], b"1,2,3\n", *rows[2:4]]), b"\0" * 9 + b"\n", b"other\n1\n2\n", b"",
+        header + b"".join(others), header + b"".join(others) + b"\0\0\n" + rows[0],
+    ]  # fmt: skip
+    memory: Memory = {}
+    for content in contents:
+        path.write_bytes(content)
+        for _ in range(2):
+            known, fresh = read_run(run_folder, memory=memory), read_run(run_folder)
+            assert known.timing.equals(fresh.timing), content
+            assert known.problems == fresh.problems
+    path.unlink()
+    assert read_run(run_folder, memory=memory).problems == read_run(run_folder).problems
+    path.write_bytes(header + others[0])
+    assert read_run(run_folder, memory=memory).timing.equals(read_run(run_folder).timing)
+
+
+def test_rows_that_were_read_are_not_read_again(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: Memory = {}
+    read_run(run_folder, memory=memory)
+    row, given = "5,6" + "," * (len(METRICS) - 2), list[str]()
+    monkeypatch.setattr(records, "_fields", lambda line: given.append(line) or line.split(","))
+    with (run_folder / "metrics.csv").open("a") as file:
+        file.write(f"{row}\n")
+    assert read_run(run_folder, memory=memory).metrics["step"].tolist()[-1] == 6
+    assert given == [row]
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 20, b"5,500," + b"\0" * 4096, b"\0\0\n", b"\0" * 9 + b"\n5,1"])

@@ -33,7 +33,7 @@ def curve_chart(sheet: Sheet) -> str:
             mode="mouse", point_policy="follow_mouse",
         )
     )  # fmt: skip
-    return sheet.host(plot, "curves", "Curves", "major", "Curves of every configuration.", [])
+    return sheet.host(plot, "curves", "Curves", "major", "Curves of every configuration.")
 
 
 def cost_charts(sheet: Sheet, costs: Iterable[Costs]) -> list[str]:
@@ -66,4 +66,4 @@ def _cost_chart(sheet: Sheet, key: str, cost: Cost, known: "np.ndarray[Any, Any]
     plot.segment("x", "low", "x", "high", source=points, line_color="colour", line_alpha="alpha", line_width=1.5)
     drawn = plot.scatter("x", "y", source=points, color="colour", marker="marker", alpha="alpha", size=11)
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=POINT_TIP))
-    return sheet.host(plot, f"cost-{key}", cost.title, "even-part", f"Accuracy against {cost.title}.", [])
+    return sheet.host(plot, f"cost-{key}", cost.title, "even-part", f"Accuracy against {cost.title}.")

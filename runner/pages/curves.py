@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from bokeh.document import Document
-from bokeh.models import ColumnDataSource
 
+from runner.pages.charts import Panel, Series, add_curves, add_heat_map, keep_phases
 from runner.pages.expected import expected_band
-from runner.pages.figures import MOST_CELLS, Axis, Panel, Series, Sheet, source_of
+from runner.pages.figures import Axis, Sheet
 from runner.pages.page import Column, number, plain, table, text
 from runner.pages.records import Run
 
 MOST_POINTS = 2_000
+MOST_CELLS = 20_000
 TIME_UNITS = ((7200.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
 
 PANELS = (
@@ -66,24 +66,24 @@ HEALTH = {
 }
 
 
-def curve_section(run: Run, document: Document) -> tuple[str, Sheet]:
-    """The curves of a run as HTML, and the sheet that holds their figures."""
+def curve_section(run: Run) -> tuple[str, Sheet]:
+    """The curves of a run as HTML, and the sheet that describes their figures."""
     points, axes = _positions(run.metrics, run.timing)
-    sheet = Sheet(axes, _phases(points, axes), document)
+    sheet = Sheet(axes)
     if points.empty:
         return "<h2>Curves</h2><p>No epoch has ended yet.</p>", sheet
-    source = source_of(_with_start(_thinned(points), axes).assign(x=lambda shown: shown["x_epoch"]))
+    keep_phases(sheet, _phases(points, axes))
+    sheet.keep("points", _with_start(_thinned(points), axes).assign(x=lambda shown: shown["x_epoch"]))
     best, band = {"accuracy": _best_point(points)}, {"accuracy": expected_band(run.expected, points)}
     panels, constant = _worth_drawing(PANELS, points)
     charts = [
-        sheet.curves(panel, source, _in_words(panel, points), best.get(panel.key), band.get(panel.key))
-        for panel in panels
+        add_curves(sheet, panel, _in_words(panel, points), best.get(panel.key), band.get(panel.key)) for panel in panels
     ]
     return f'<h2>Curves</h2>{_controls(axes)}<div class="panels">{"".join(charts)}</div>{constant}', sheet
 
 
 def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
-    """The curves of a regime as HTML, and the sheet that holds their figures; rows say what holds from there on."""
+    """The curves of a regime as HTML, and the sheet that describes their figures; rows say what holds from there on."""
     columns = ["epoch", "step", *(panel.series[0].column for panel in TIMELINE_PANELS)]
     points = rows.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     points["phase"] = rows["phase"].astype(str) if "phase" in rows else ""
@@ -91,13 +91,14 @@ def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
     names = [name for name in ("epoch", "step") if len(points) and points[name].notna().all()]
     axes = {name: Axis(name, float(points[name].max())) for name in names}
     points = points.assign(**{f"x_{name}": points[name] for name in names})
-    sheet = Sheet(axes, _phases_from(points, axes))
+    sheet = Sheet(axes)
     if not axes:
         return "<p>There is no point to draw.</p>", sheet
     shown = _thinned(points)
-    source = source_of(shown.assign(x=shown[f"x_{names[0]}"]))
+    keep_phases(sheet, _phases_from(points, axes))
+    sheet.keep("points", shown.assign(x=shown[f"x_{names[0]}"]))
     panels, constant = _worth_drawing(TIMELINE_PANELS, points)
-    charts = [sheet.curves(panel, source, _in_words(panel, points)) for panel in panels]
+    charts = [add_curves(sheet, panel, _in_words(panel, points)) for panel in panels]
     return f'{_controls(axes)}<div class="even">{"".join(charts)}</div>{constant}', sheet
 
 
@@ -136,9 +137,9 @@ def health_section(run: Run, sheet: Sheet) -> str:
     step = math.ceil(len(cells) / MOST_CELLS)
     cells = cells[(cells["epoch"] % step == 0) | (cells["epoch"] == cells["epoch"].max())]
     cells = cells.assign(row=cells["layer"].map(labels), left=cells["left_epoch"], right=cells["right_epoch"])
-    source = source_of(cells)
+    sheet.keep("health", cells)
     maps = "".join(
-        sheet.heat_map(f"health-{kind}", HEALTH[kind], kind, source, list(labels.values()), hidden=index > 0)
+        add_heat_map(sheet, kind, HEALTH[kind], list(labels.values()), hidden=index > 0)
         for index, kind in enumerate(kinds)
     )
     options = "".join(f'<option value="plot-health-{kind}">{text(HEALTH[kind])}</option>' for kind in kinds)
@@ -234,12 +235,12 @@ def _phase_labels(phases: "pd.Series[str]", shares: "pd.Series[float]") -> list[
     return [label if share >= 0.011 * len(label) else "" for label, share in zip(labels, shares, strict=True)]
 
 
-def _best_point(points: pd.DataFrame) -> ColumnDataSource | None:
+def _best_point(points: pd.DataFrame) -> pd.DataFrame | None:
     if not points["val_top1"].notna().any():
         return None
     best = points.loc[[points["val_top1"].idxmax()]]
     places = best[[column for column in best if str(column).startswith("x_")]]
-    return source_of(places.assign(x=best["x_epoch"], y=best["val_top1"]))
+    return places.assign(x=best["x_epoch"], y=best["val_top1"])
 
 
 def _thinned(points: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bokeh.document import Document
 
 from runner.columns import LAYERS
 from runner.pages.curves import curve_section, health_section, last_health, timeline_section
@@ -59,14 +58,9 @@ def write_dashboard(folder: Path, defaults: Mapping[str, object] | None = None) 
     return write_page(run.folder / "dashboard.html", page(run.name, body, sheet.embed()))
 
 
-def run_body(
-    run: Run, defaults: Mapping[str, object] | None = None, document: Document | None = None
-) -> tuple[str, Sheet]:
-    """Everything between <body> and the scripts, and the sheet with the figures; its parts are marked for live pages."""
-    document = document or Document()
-    with document.models.freeze():  # else every figure that is added looks at all the others again
-        curves, sheet = curve_section(run, document)
-        health = health_section(run, sheet)
+def run_body(run: Run, defaults: Mapping[str, object] | None = None) -> tuple[str, Sheet]:
+    """Everything between <body> and the scripts, and the sheet that describes the figures; parts are marked for live pages."""
+    curves, health, sheet = run_charts(run)
     part = {name: f'<div data-part="{name}">{html}</div>' for name, html in run_parts(run, defaults).items()}
     body = (
         f"{part['header']}<main>{part['problems']}{part['headlines']}{curves}{part['epochs']}{health}{part['health']}"
@@ -74,6 +68,12 @@ def run_body(
         f"<footer>{text(run.folder.name)}. Drawn from the CSV files beside this page.</footer>"
     )
     return body, sheet
+
+
+def run_charts(run: Run) -> tuple[str, str, Sheet]:
+    """The curves and the maps of health as HTML, and the sheet that describes them."""
+    curves, sheet = curve_section(run)
+    return curves, health_section(run, sheet), sheet
 
 
 def run_parts(run: Run, defaults: Mapping[str, object] | None = None) -> dict[str, str]:
@@ -107,7 +107,8 @@ def _header(run: Run) -> str:
     facts = [*filter(None, names), *([f"seed {seed}"] if seed is not None else [])]
     state = run.state if run.state in STATES else "unknown"
     mark = f'<span aria-hidden="true">{STATES.get(state, "?")}</span> '
-    reached = number(summary.get("epochs", status.get("epoch")))
+    done = run.metrics["epoch"].max() + 1 if len(run.metrics) else status.get("epoch")
+    reached = number(summary.get("epochs", done))
     planned = number(status.get("epochs"))
     epochs = (
         f"{plain(reached)} epoch{'s' * (reached != 1)}"

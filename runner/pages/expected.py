@@ -15,7 +15,7 @@ from runner.statistics import prediction
 if TYPE_CHECKING:
     import pandas as pd
 
-    from runner.pages.figures import Band
+    from runner.pages.charts import Band
 
 
 def expected_curve(rows: Sequence[Row]) -> str:
@@ -46,11 +46,11 @@ def expected_curve(rows: Sequence[Row]) -> str:
 
 def expected_band(expected: "pd.DataFrame", points: "pd.DataFrame") -> "Band | None":
     """The band behind the accuracy of a run, as far as it has come and the recipe knows; None where it knows nothing."""
-    from runner.pages.figures import Band, source_of
+    from runner.pages.charts import Band
 
     places = [column for column in points if str(column).startswith("x_")]
     known = points[["epoch", *places]].merge(expected[["epoch", "low", "high", "n"]].dropna(), on="epoch")
     if known.empty:
         return None
     label = f"val top-1 of the recipe, n = {known['n'].min():.0f}"
-    return Band(source_of(known.assign(x=known["x_epoch"])), label, "val")
+    return Band(known.assign(x=known["x_epoch"]), label, "val")

@@ -1,28 +1,22 @@
 """The documents behind live pages: filled once, then kept up to date while somebody looks at them."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from bokeh.document import Document
-from bokeh.model import Model
-from bokeh.models import ColorMapper, ColumnDataSource, FactorRange, FixedTicker, IndexFilter
+from bokeh.models import ColumnDataSource
 
 from runner.pages.compare import add_rows, comparison_body
-from runner.pages.dashboard import run_body, run_parts
+from runner.pages.dashboard import run_charts, run_parts
 from runner.pages.figures import Sheet
 from runner.pages.page import embedded_json
-from runner.pages.records import read_run
+from runner.pages.records import Memory, Run, read_run
 from runner.pages.watch import Followed, Watch
 
 EVERY = 400  # milliseconds between looks at what changed; the folders are looked at once a second
 LEISURE = (
     10  # a page that is slow to bring up to date rests for that many times as long, but for no longer than a second
 )
-FOLLOWING: dict[type[Model], tuple[str, ...]] = {
-    ColumnDataSource: ("data",), IndexFilter: ("indices",), FixedTicker: ("ticks",), FactorRange: ("factors",),
-    ColorMapper: ("low", "high"),
-}  # fmt: skip
 
 
 def follow_comparison(document: Document, watch: Watch) -> None:
@@ -54,12 +48,14 @@ def known_costs(watch: Watch) -> list[dict[str, float | None]]:
 
 def follow_run(document: Document, followed: Followed) -> None:
     """The page of one run: data of its charts and texts beside them are sent when they change."""
-    run = read_run(followed.folder)
-    run_body(run, document=document)
-    shown = run_parts(run)
+    memory: Memory = {}
+    run = read_run(followed.folder, memory=memory)
+    *_, sheet = run_charts(run)
+    sheet.document = document
+    sheet.draw()
     news = ColumnDataSource({"part": [], "html": [], "facts": []}, name="news")
-    models = in_order(document)
     document.add_root(news)
+    shown = run_parts(run)
     state = {"version": followed.version, "rest_until": 0.0}
 
     def update() -> None:
@@ -67,29 +63,21 @@ def follow_run(document: Document, followed: Followed) -> None:
             return
         start = time.process_time()
         state["version"] = followed.version
-        news.data = _news(followed.folder, models, shown)
+        news.data = news_of(read_run(followed.folder, memory=memory), sheet, shown)
         state["rest_until"] = time.monotonic() + min(LEISURE * (time.process_time() - start), 1.0)
 
     document.add_periodic_callback(update, EVERY)
 
 
-def _news(folder: Path, models: list[Model], shown: dict[str, str]) -> dict[str, Any]:
+def news_of(run: Run, sheet: Sheet, shown: dict[str, str]) -> dict[str, Any]:
     """Bring the charts up to date; returns the texts that changed, or the word to load the page again."""
-    run = read_run(folder)
-    _, sheet = run_body(run)
-    fresh = in_order(sheet.document)
-    if [type(model) for model in fresh] != [type(model) for model in models]:
+    *_, fresh = run_charts(run)
+    if fresh.charts != sheet.charts:
         return {"part": ["reload"], "html": [""], "facts": [""]}
-    for old, new in zip(models, fresh, strict=True):
-        for name in (name for kind, names in FOLLOWING.items() if isinstance(old, kind) for name in names):
-            value = getattr(new, name)
-            setattr(old, name, dict(value) if name == "data" else value)
+    for name, properties in fresh.moving.items():
+        if model := sheet.document.get_model_by_name(name):
+            model.update(**properties)
     changed = {name: html for name, html in run_parts(run).items() if shown[name] != html}
     shown.update(changed)
-    facts = embedded_json(sheet.facts())
+    facts = embedded_json(fresh.facts())
     return {"part": [*changed, "facts"], "html": [*changed.values(), ""], "facts": [""] * len(changed) + [facts]}
-
-
-def in_order(document: Document) -> list[Model]:
-    """The models of a document as they were made: two documents of the same code can be laid side by side."""
-    return sorted(document.models, key=lambda model: int(model.id.lstrip("p")))

@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,21 +65,37 @@ class Run:
         return "done" if self.summary and state in ("running", "unknown") else state
 
 
-def read_run(folder: Path, *, health: bool = True) -> Run:
+@dataclass
+class GrownTable:
+    """The finished rows of a CSV file as far as it was read: the next time only what came after is read."""
+
+    header: list[str]
+    rows: "pd.DataFrame"
+    seen: int = 0  # finished lines below the header, broken ones too
+    end: int = 0  # behind the last of them
+    last: bytes = b""  # the last of them: where it stands no more, the file is another one
+
+
+Memory = dict[str, GrownTable]  # what a reader keeps of the tables of one run, by the names of their files
+
+
+def read_run(folder: Path, *, health: bool = True, memory: Memory | None = None) -> Run:
     """Read one run folder; files that are missing or broken are named in `problems`.
 
     `health`: also quant.csv, which is the largest of them and in which a list of runs has no interest.
+    `memory`: given again and again, it spares a reader who follows a run the rows that were read before.
     """
     problems: list[str] = []
     folder = Path(folder)
+    table = partial(_table, folder, problems=problems, memory={} if memory is None else memory)
     return Run(
         folder=folder,
         config=_mapping(folder / "config.yaml", _load_yaml, problems),
-        metrics=_table(folder / "metrics.csv", METRICS, problems),
-        timing=_table(folder / "timing.csv", TIMING, problems),
-        layers=_table(folder / "layers.csv", LAYERS, problems),
-        quant=_table(folder / "quant.csv", HEALTH, problems, optional=True) if health else _typed([], list(HEALTH)),
-        expected=_table(folder / "expected.csv", EXPECTED, problems, optional=True),
+        metrics=table("metrics.csv", METRICS),
+        timing=table("timing.csv", TIMING),
+        layers=table("layers.csv", LAYERS),
+        quant=table("quant.csv", HEALTH, optional=True) if health else _typed([], list(HEALTH)),
+        expected=table("expected.csv", EXPECTED, optional=True),
         summary=_mapping(folder / "summary.json", json.loads, problems),
         status=_mapping(folder / "status.json", json.loads, problems),
         problems=problems,
@@ -127,11 +144,16 @@ def complete_lines(content: bytes) -> list[str]:
     >>> complete_lines(b"epoch,loss\\n0,0.4375\\n1,0.4")
     ['epoch,loss', '0,0.4375']
     """
-    finished = content[: content.rfind(b"\n") + 1].decode("utf-8", errors="replace")
+    finished = content[: _finished(content)].decode("utf-8", errors="replace")
     return [line for line in finished.split("\n") if line.strip("\r") and "\0" not in line]
 
 
-def _read_bytes(path: Path) -> bytes:
+def _finished(content: bytes) -> int:
+    """Where the last finished line ends."""
+    return content.rfind(b"\n") + 1
+
+
+def _read_bytes(path: Path, start: int = 0) -> bytes:
     """Read a regular file; a planted link, pipe or device raises OSError instead of being opened blindly."""
     descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
@@ -140,6 +162,7 @@ def _read_bytes(path: Path) -> bytes:
             raise OSError("not a regular file")
         if information.st_size > LARGEST_FILE:
             raise OSError(f"larger than {LARGEST_FILE >> 20} MiB")
+        file.seek(start)
         return file.read()
 
 
@@ -176,22 +199,52 @@ def _first_line(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0]
 
 
-def _table(path: Path, columns: tuple[str, ...], problems: list[str], *, optional: bool = False) -> "pd.DataFrame":
+def _table(
+    folder: Path, name: str, columns: tuple[str, ...], problems: list[str], memory: Memory, *, optional: bool = False
+) -> "pd.DataFrame":
     """The finished rows of a CSV file as a table that has at least `columns`."""
     try:
-        lines = complete_lines(_read_bytes(path))
+        known = memory[name] = _grown(folder / name, columns, memory.pop(name, None))
     except FileNotFoundError:
         if not optional:
-            problems.append(f"{path.name} is missing")
+            problems.append(f"{name} is missing")
         return _typed([], list(columns))
     except OSError as error:
-        problems.append(f"{path.name} cannot be read: {_first_line(error)}")
+        problems.append(f"{name} cannot be read: {_first_line(error)}")
         return _typed([], list(columns))
-    if not lines:
-        problems.append(f"{path.name} has no header")
-        return _typed([], list(columns))
-    header, *rows = map(_fields, lines)
-    return _typed(_whole_rows(path.name, header, rows, problems), list(dict.fromkeys([*header, *columns])))
+    if not known.header:
+        problems.append(f"{name} has no header")
+    elif lost := known.seen - len(known.rows):
+        problems.append(f"{name}: {lost} of {known.seen} rows are broken and left out")
+    return known.rows
+
+
+def _grown(path: Path, columns: tuple[str, ...], known: GrownTable | None) -> GrownTable:
+    """The table with the lines that came since; read anew where the last line that was known is not in its place."""
+    if known is None or not known.header:
+        known = GrownTable([], _typed([], list(columns)))
+    content = _read_bytes(path, known.end - len(known.last))
+    if not content.startswith(known.last):
+        return _grown(path, columns, None)
+    news = content[len(known.last) : _finished(content)]
+    if not news:
+        return known
+    lines = complete_lines(news)
+    header, rows = known.header, known.rows
+    if not header and lines:
+        header = _fields(lines.pop(0))
+        rows = _typed([], list(dict.fromkeys([*header, *columns])))
+    whole = [dict(zip(header, row, strict=True)) for row in map(_fields, lines) if len(row) == len(header)]
+    return GrownTable(
+        header, _joined(rows, _typed(whole, [str(column) for column in rows])), known.seen + len(lines), known.end + len(news),
+        news[_finished(news[:-1]) :],
+    )  # fmt: skip
+
+
+def _joined(before: "pd.DataFrame", after: "pd.DataFrame") -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.concat([before, after], ignore_index=True) if len(before) else after
 
 
 def _fields(line: str) -> list[str]:
@@ -200,13 +253,6 @@ def _fields(line: str) -> list[str]:
         return next(csv.reader([line]), [])
     except csv.Error:
         return []
-
-
-def _whole_rows(name: str, header: list[str], rows: list[list[str]], problems: list[str]) -> list[dict[str, str]]:
-    whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
-    if len(whole) < len(rows):
-        problems.append(f"{name}: {len(rows) - len(whole)} of {len(rows)} rows are broken and left out")
-    return whole
 
 
 def _typed(rows: list[dict[str, str]], columns: list[str]) -> "pd.DataFrame":

@@ -1,7 +1,6 @@
 """How values are laid out on scales: which need a logarithmic one, and what stands along a scale of colours."""
 
 import numpy as np
-from bokeh.models import ColorMapper, LinearColorMapper, LogColorMapper
 
 
 def finite(values: object) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
@@ -21,12 +20,12 @@ def spans_decades(values: object) -> bool:
     return bool(array.size and array.min() > 0 and array.max() / array.min() >= 50)
 
 
-def colours(values: object) -> tuple[ColorMapper, list[float]]:
-    """A scale that covers the values, logarithmic where it has to be, and four round values along it."""
+def colours(values: object) -> tuple[bool, float, float, list[float]]:
+    """A scale that covers the values: whether it is logarithmic, from where to where, and four round values along it."""
     array = finite(values)
     low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 1.0)
     if low == high:
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
-    scale, space = (LogColorMapper, np.geomspace) if spans_decades(array) else (LinearColorMapper, np.linspace)
-    landmarks = sorted({float(f"{value:.2g}") for value in space(low, high, 6)[1:-1]})
-    return scale(palette="Viridis256", low=low, high=high, nan_color="#80808040"), landmarks
+    logarithmic = spans_decades(array)
+    between = (np.geomspace if logarithmic else np.linspace)(low, high, 6)[1:-1]
+    return logarithmic, low, high, sorted({float(f"{value:.2g}") for value in between})

@@ -93,7 +93,7 @@ def _front(sheet: Sheet, rows: list[Row], goal: str, cost: str) -> str:
     _points(plot, rows, cost, goal)
     summary = f"{len(rows)} trials, {len(front)} of them on the Pareto front; the numbers are in the table."
     return sheet.host(
-        plot, f"front-{cost}", f"{_heading(goal)} against {_heading(cost, in_text=True)}", "major", summary, []
+        plot, f"front-{cost}", f"{_heading(goal)} against {_heading(cost, in_text=True)}", "major", summary
     )
 
 
@@ -104,7 +104,7 @@ def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str, key: str) -> str
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 20 and name != "trial"
     plot = _plot(name, _heading(goal), logarithmic)
     _points(plot, shown, name, goal)
-    return sheet.host(plot, f"slice-{key}", name, "minor", f"{_heading(goal)} of every trial against {name}.", [])
+    return sheet.host(plot, f"slice-{key}", name, "minor", f"{_heading(goal)} of every trial against {name}.")
 
 
 def _plot(x: str, y: str, logarithmic: bool = False) -> figure:

@@ -7,11 +7,11 @@ kept as the text that a page gets, so that ten thousand runs fit into little mem
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.pages.entries import Costs, base_of, encoded, entry_of, identity, points_for, settings_of
-from runner.pages.records import RUN_FILES, find_runs, read_run
+from runner.pages.records import RUN_FILES, Memory, find_runs, read_run
 
 LEISURE = 20  # a search of all folders pauses for that many times as long as it took
 SETTLED = {"done", "failed", "diverged", "preempted", "broken"}
@@ -28,6 +28,7 @@ class Followed:
     state: str = ""
     costs: Costs | None = None
     version: int = 0
+    memory: Memory = field(default_factory=dict)
 
 
 class Watch:
@@ -78,12 +79,13 @@ class Watch:
         stamp = _stamp(followed.folder)
         if stamp == followed.stamp:
             return
-        entry = entry_of(
-            read_run(followed.folder, health=False), self._link + identity(followed.folder), points_for(len(self.runs))
-        )
+        run = read_run(followed.folder, health=False, memory=followed.memory)
+        entry = entry_of(run, self._link + identity(followed.folder), points_for(len(self.runs)))
         self.version += 1
         followed.stamp, followed.version = stamp, self.version
         followed.row, followed.state, followed.costs = encoded(entry, self.base), entry["state"], entry["costs"]
+        if followed.state in SETTLED:
+            followed.memory.clear()
 
 
 def _stamp(folder: Path) -> Stamp:
