@@ -1,5 +1,7 @@
 """Every recipe composes, says what to expect, and takes two steps: two made images of the right shape at a time."""
 
+import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ from runner.cli import run
 from runner.columns import EXPECTED
 from runner.compose import choices_of, config_from
 from runner.job import train
+from runner.pages.results import collect, groups_of, spread
 from runner.schema import RunConfig
+from runner.sweep import _own_words
+from runner.sweep_jobs import jobs_of
 
 RECIPES = choices_of()["experiment"]
 PROJECT = Path(__file__).parent.parent
@@ -75,15 +80,51 @@ def check_curve(config: RunConfig, name: str) -> None:
 def test_a_recipe_says_what_to_expect_and_how_to_run_it(name: str) -> None:
     said = header(name)
     assert f"python -m runner experiment={name}" in said
-    for key in ("published", "here", "time"):
-        assert f"#   {key}  " in said
+    assert all(line_of(name, key) for key in ("published", "here", "time", "hardware"))
     assert "arXiv" in said or "float network beside" in said or "float NIN beside" in said
 
 
-def test_the_list_of_recipes_is_whole() -> None:
+def line_of(name: str, key: str) -> str:
+    """What the header says of a key."""
+    (said,) = re.findall(rf"^#   {key} +(\S.*)$", header(name), re.MULTILINE)
+    return str(said)
+
+
+def test_the_list_of_recipes_says_what_they_say() -> None:
     listed = (FOLDER / "README.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1].strip() for line in listed.splitlines() if line.startswith("| `")]
-    assert sorted(row.strip("`") for row in rows) == RECIPES
+    rows = [line for line in listed.splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{name}` | {line_of(name, 'published')} | {line_of(name, 'here')} |" for name in RECIPES]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_said_to_be_measured_is_in_the_rows(name: str) -> None:
+    said = line_of(name, "here")
+    if said.startswith("not run here"):
+        return
+    reached, epochs, n, file = re.fullmatch(r"(.* ± .*) % after (\d+) epochs, n = (\d+) \((.*)\)", said).groups()
+    groups = groups_of(collect([PROJECT / file]))
+    mine = config_of(name)
+    (group,) = [g for g in groups if (g.model, g.label, g.epochs) == (mine.model.name, mine.quant.name, int(epochs))]
+    assert (reached, int(n)) == (spread([row["test_top1"] for row in group.rows]), len(group.rows))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_computed_time_is_that_of_the_bench(name: str) -> None:
+    said = line_of(name, "time")
+    if "bench_step_resnet18.csv" not in said:
+        return
+    with (PROJECT / "outputs" / "published" / "bench_step_resnet18.csv").open(encoding="utf-8", newline="") as file:
+        speed = {row["name"].replace("float32", "none"): float(row["images_per_s"]) for row in csv.DictReader(file)}
+    images = {"cifar10": 45_000, "mnist": 55_000 * (28 / 32) ** 2}[name.split("_")[1]]  # of 32x32 pixels
+    assert said.startswith(f"{images / speed[config_of(name).quant.name] / 60:.0f} minutes")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_seeds_are_all_it_takes(name: str) -> None:
+    _, words = _own_words([f"experiment={name}", "seeds=3", "dataset=synthetic"])
+    jobs = jobs_of(words, [])
+    assert [job.seed for job in jobs] == [0, 1, 2]
+    assert len({job.path for job in jobs}) == 3
 
 
 def test_what_a_recipe_says_itself_holds() -> None:
