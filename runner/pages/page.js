@@ -42,15 +42,18 @@ const Page = (() => {
     for (const also of Page.painted) also();
   }
 
+  const equal = (a, b) => a.length === b?.length && a.every((value, index) => Object.is(value, b[index]));
+
   // The columns x, left and right hold the position on the chosen axis; x_step, left_step ... all positions.
   function chooseAxis(name, keep = false) {
     const {label, end} = page.axes[name];
     for (const source of models("ColumnDataSource")) {
       const chosen = {};
       for (const column of ["x", "left", "right"]) {
-        if (`${column}_${name}` in source.data) chosen[column] = source.data[`${column}_${name}`];
+        const wanted = source.data[`${column}_${name}`];
+        if (wanted && !equal(wanted, source.data[column])) chosen[column] = wanted;
       }
-      source.data = {...source.data, ...chosen};
+      if (Object.keys(chosen).length) source.data = {...source.data, ...chosen};
     }
     for (const axis of models("LinearAxis")) if (axis.name === "x") axis.axis_label = label;
     for (const ticker of models("BasicTicker")) {
