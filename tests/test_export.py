@@ -72,6 +72,27 @@ def test_a_packed_file_computes_what_was_trained(quant: str, settings: dict[str,
 
 
 @pytest.mark.parametrize(
+    ("shown", "model", "quant", "size", "channels"),
+    [
+        ("LeNet-5, xnor", "lenet5", "xnor", 28, 1),
+        ("LeNet-5, 8bit-rangebn", "lenet5", "8bit-rangebn", 28, 1),
+        ("NIN, xnor", "nin", "xnor", 32, 3),
+        ("vgg_small, xnor", "vgg_small", "xnor", 32, 3),
+        ("ResNet-20, xnor", "resnet", "xnor", 32, 3),
+    ],
+)
+def test_a_packed_file_is_as_large_as_the_page_says(
+    shown: str, model: str, quant: str, size: int, channels: int
+) -> None:
+    """Training moves no byte of it; those of the large networks are made the same way."""
+    page = (Path(__file__).parent.parent / "runner" / "README.md").read_text(encoding="utf-8")
+    (row,) = [line.split("|") for line in page.splitlines() if line.startswith(f"| {shown} |")]
+    packed = len(to_bytes(graph_of(trained(model, quant, size, channels), size, channels)))
+    float32 = int(row[2].replace(",", ""))
+    assert row[4].strip().startswith(f"{packed:,} ({float32 / packed:.1f}x")
+
+
+@pytest.mark.parametrize(
     ("name", "size", "arguments"),
     [
         ("resnet", 16, {}),

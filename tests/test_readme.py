@@ -42,8 +42,7 @@ def test_a_figure_is_what_the_rows_give() -> None:
 
 def scan(figure: str) -> dict[tuple[str, float], float]:
     """The points of a figure of `verify`: y by series and x."""
-    with (PUBLISHED / "scans.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if f"{row['quant']}-{row['figure']}" == figure]
+    rows = [row for row in rows_of("scans.csv") if f"{row['quant']}-{row['figure']}" == figure]
     return {(row["series"], float(row["x"])): float(row["y"]) for row in rows}
 
 
@@ -94,10 +93,33 @@ def test_what_is_said_of_compression_is_in_the_rows() -> None:
     points = [(x, y) for (series, x), y in scan("actgrad-compression").items() if series == "stochastic"]
     (most, least_wrong), (less, wrong) = sorted(points, reverse=True)[:2]  # 8 bits, 4 bits
     assert f"{wrong / least_wrong:.0f} times the error for {less / most:.1f} of the bytes" in QUANT
-    with (PUBLISHED / "bench_step_resnet18.csv").open(encoding="utf-8", newline="") as file:
-        saved = {row["name"]: float(row["saved"]) for row in csv.DictReader(file)}
+    saved = {row["name"]: float(row["saved"]) for row in rows_of("bench_step_resnet18.csv")}
     exact, quantized = saved["actgrad"], saved["actgrad bits=2 norm=quantized"]
     assert f"{exact:.3f} of float's bytes with 4 bits and `norm: exact`, {quantized:.3f} with 2 bits" in QUANT
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (PUBLISHED / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_said_of_packed_inference_is_in_the_rows() -> None:
+    first = next(row for row in rows_of("bench_conv.csv") if row["figure"] == "quoted")
+    kernel, alpha, share = (float(first[key]) for key in ("kernel_speedup", "alpha_speedup", "share_of_limit"))
+    assert f"runs {kernel:.1f} times as fast as torch's float32 ({100 * share:.0f} %" in README
+    assert f"from float to float with alpha {alpha:.1f} times" in README
+    kernels = (ROOT / "quant" / "kernels" / "README.md").read_text(encoding="utf-8")
+    over = [float(first[key]) for key in ("kernel_over_best", "alpha_over_best")]
+    assert f"the first row is {over[0]:.1f} and {over[1]:.1f} instead of {kernel:.1f} and {alpha:.1f}" in kernels
+    times = {row["name"]: [] for row in rows_of("bench_peers.csv")}
+    for row in rows_of("bench_peers.csv"):
+        times[row["name"]].append(float(row["ours_over_it"]))
+    low, high = min(times["bnn-lab"]), max(times["bnn-lab"])
+    (larq,) = {round(value) for value in times["larq-compute-engine"]}
+    assert f"kernel takes {low:.0f} to {high:.0f} times as long, Larq Compute Engine's {larq} times" in README
+    layers = rows_of("bench_model_resnet18.csv")
+    whole, packed = (sum(float(row[f"{kind}, us"] or 0) for row in layers) for kind in ("float32", "packed"))
+    assert f"{whole / packed:.1f} times in sum" in README
 
 
 def test_every_published_file_is_named_on_a_page() -> None:

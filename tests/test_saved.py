@@ -1,5 +1,7 @@
 """Saved bytes: against networks counted by hand, and the table of the network of arXiv 1510.03009's family, layer by layer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,9 @@ VGG6_INPUTS, VGG6_RELUS, VGG6_POOLED, VGG6_BEFORE_POOLS = 447_232, 743_936, 105_
 VGG6_FLOAT = 4 * (VGG6_INPUTS + VGG6_BEFORE_POOLS) + 8 * VGG6_POOLED
 
 
+QUANT_PAGE = (Path(__file__).parent.parent / "quant" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("bits", "megabytes", "ratio"), [(8, 0.567, 7.5), (4, 0.343, 12.4), (2, 0.231, 18.4), (1, 0.175, 24)]
 )
@@ -105,6 +110,7 @@ def test_vgg6_keeps_what_the_codes_alone_take(bits: int, megabytes: float, ratio
     ranges = 9 * 8 / 2
     assert measured == VGG6_INPUTS * bits / 8 + VGG6_RELUS / 8 + VGG6_POOLED / 4 + ranges + head(batch=2)
     assert round(measured / 1e6, 3) == megabytes
+    assert f"{measured:,.0f} ({VGG6_FLOAT / measured:.1f}x" in QUANT_PAGE
     assert round(VGG6_FLOAT / measured, 1 if ratio < 20 else 0) == ratio
 
 
