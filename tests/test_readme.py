@@ -61,6 +61,7 @@ def test_what_is_said_of_gradients_is_in_the_scans() -> None:
     assert all(y == 1 for (series, _), y in cosines.items() if series == "binop")
     assert all(abs(cosines["paper", x] - y) < 1e-3 for (series, x), y in cosines.items() if series == "ste")
     assert all(y > 10 for (series, _), y in terms.items() if series == "nothing behind")
+    assert all(y > 1 for (series, _), y in terms.items() if series == "ReLU, float layer")
     for series in ("batch norm", "ReLU, max pool, batch norm"):
         here = [y for (name, _), y in sorted(terms.items()) if name == series]
         assert here == sorted(here, reverse=True)

@@ -82,9 +82,11 @@ def _weight_gradient(form: WeightGradient, behind: nn.Module, w: Tensor) -> Tens
 
 def alpha_term() -> Scan:
     """Of dC/dW = (s/n) sum G s + alpha m G: the norm of the first term over that of the second, for layers of any width."""
-    norm = nn.BatchNorm2d(16, dtype=torch.float64)
+    norm, dense = nn.BatchNorm2d(16, dtype=torch.float64), nn.Linear(1600, 10, bias=False, dtype=torch.float64)
+    dense.weight = nn.Parameter(numbers(10, 1600, seed=6, spread=0.025))
     behind = {
         "nothing behind": nn.Identity(),
+        "ReLU, float layer": nn.Sequential(nn.ReLU(), nn.Flatten(), dense),
         "ReLU, max pool, batch norm": nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), norm),
         "batch norm": norm,
     }
