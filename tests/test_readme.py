@@ -10,6 +10,7 @@ import pytest
 from runner.compose import choices_of
 from runner.pages.report_pages import with_tables
 from runner.pages.report_parts import make_report
+from runner.pages.results import Difference, collect, groups_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +19,7 @@ PUBLISHED = ROOT / "outputs" / "published"
 PAGES = ("README.md", "quant/README.md", "quant/kernels/README.md")
 SHOWN = {
     "README.md": ("lenet5_mnist.csv", "bench_step_resnet18.csv"),
-    "quant/README.md": ("variants_lenet5_mnist.csv",),
+    "quant/README.md": ("variants_lenet5_mnist.csv", "variants_lenet5_digits.csv"),
     "quant/kernels/README.md": ("bench_conv.csv", "bench_peers.csv"),
 }
 
@@ -97,6 +98,30 @@ def test_what_is_said_of_compression_is_in_the_rows() -> None:
     saved = {row["name"]: float(row["saved"]) for row in rows_of("bench_step_resnet18.csv")}
     exact, quantized = saved["actgrad"], saved["actgrad bits=2 norm=quantized"]
     assert f"{exact:.3f} of float's bytes with 4 bits and `norm: exact`, {quantized:.3f} with 2 bits" in QUANT
+
+
+def beside_float(name: str, quant: str) -> dict[str, Difference]:
+    """How far the settings of a quantizer are from float, by what was set."""
+    groups = groups_of(collect([PUBLISHED / name]))
+    return {g.settings: d for g in groups if g.quant == quant and (d := g.difference()) is not None}
+
+
+def test_what_is_said_of_accuracies_is_in_the_rows() -> None:
+    for name in ("variants_lenet5_mnist.csv", "variants_lenet5_digits.csv"):
+        assert not [gap for gap in beside_float(name, "actgrad").values() if gap.certain]
+    assert not [gap for gap in beside_float("variants_lenet5_mnist.csv", "8bit-rangebn").values() if gap.certain]
+    eight = beside_float("variants_lenet5_digits.csv", "8bit-rangebn")
+    (worst,) = [settings for settings, gap in eight.items() if gap.certain]
+    assert worst == "quant.grad_in_bits=2 quant.zero_exact=false"
+    assert eight[worst].mean < -1
+    fixed = beside_float("variants_lenet5_digits.csv", "none")
+    assert [settings for settings, gap in fixed.items() if gap.certain] == [
+        "classifier.skip_constant_row=false classifier=fixed"
+    ]
+    xnor, lsq = (beside_float("variants_lenet5_mnist.csv", quant) for quant in ("xnor", "lsq"))
+    ends = [(gap.mean - gap.half, gap.mean + gap.half) for gap in xnor.values()]
+    assert max(low for low, _ in ends) < min(high for _, high in ends)  # all intervals have a point in common
+    assert min(lsq, key=lambda settings: lsq[settings].mean).count("preset=plain")
 
 
 def rows_of(name: str) -> list[dict[str, str]]:

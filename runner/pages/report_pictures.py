@@ -78,9 +78,10 @@ def _variant_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
             rows = [row for group in members if group.quant == quant and (row := _beside_float(group))]
             if len(rows) < 2:
                 continue
-            title = f"{model} on {dataset}, {epochs} epochs: {quant} beside float"
+            name = quant.replace("none", "float32")
+            title = f"{model} on {dataset}, {epochs} epochs: settings of {name} beside float"
             drawn = dots(title, "test accuracy minus float, points: mean over seeds, 95 % interval", rows, level=0.0)
-            caption = f"{model} on {dataset}: settings of {quant}, test accuracy minus that of float, seed by seed."
+            caption = f"{model} on {dataset}: settings of {name}, test accuracy minus that of float, seed by seed."
             yield Picture(f"{model}-{dataset}-{epochs}-{quant}", caption, drawn)
 
 
@@ -102,7 +103,7 @@ def _point(cost: float, group: Group) -> svg.Series:
 def _short(group: Group, longest: int = LONGEST) -> str:
     """As short as it can stand beside a point: W and A are the bits of weights and activations."""
     short = re.sub(r"\bact_bits=", "A", re.sub(r"\bweight_bits=", "W", group.name.replace("quant.", "")))
-    return "float32" if short == "none" else group.cut(short, longest)
+    return group.cut(re.sub(r"^none\b", "float32", short), longest)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

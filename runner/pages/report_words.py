@@ -18,7 +18,7 @@ def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> It
 
 
 def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
-    floats = [group for group in members if group.quant == "none"]
+    floats = [group for group in members if group.plain]
     low_bit = [(difference, group) for group in members if (difference := group.difference())]
     for group in floats:
         yield f"float reaches {spread([row['test_top1'] for row in group.rows])} %."

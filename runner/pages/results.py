@@ -152,6 +152,11 @@ class Group:
         return words if len(words) <= longest else f"{words[: longest - 10]}… ({self.number})"
 
     @property
+    def plain(self) -> bool:
+        """The float network as it is: what others are compared with."""
+        return self.quant == "none" and not self.settings
+
+    @property
     def task(self) -> tuple[str, str, int]:
         """What only groups have in common that can be compared."""
         return self.model, self.dataset, self.epochs
@@ -174,7 +179,7 @@ class Group:
         """Accuracy minus that of float, over the seeds that both have; None where there is none, and for float itself."""
         reached = {row["seed"]: row["test_top1"] for row in self.floats}
         gaps = [row["test_top1"] - reached[row["seed"]] for row in self.rows if row["seed"] in reached]
-        if self.quant == "none" or not gaps:
+        if self.plain or not gaps:
             return None
         mean = sum(gaps) / len(gaps)
         if len(gaps) < 3:
@@ -209,7 +214,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     for row in rows:
         model, dataset, epochs, quant, settings = _configuration(row)
         groups.setdefault(_configuration(row), Group(model, dataset, epochs, quant, settings, [])).rows.append(row)
-    floats = {group.task: group.rows for group in groups.values() if group.quant == "none" and not group.settings}
+    floats = {group.task: group.rows for group in groups.values() if group.plain}
     for number, group in enumerate(groups.values(), 1):
         group.floats, group.number = floats.get(group.task, []), number
     return list(groups.values())
