@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from runner.bench.literature import PEERS
 from runner.compose import choices_of
 from runner.pages.report_pages import with_tables
 from runner.pages.report_parts import make_report
-from runner.pages.results import Difference, collect, groups_of
+from runner.pages.results import Difference, collect, groups_of, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,6 +97,9 @@ def test_what_is_said_of_compression_is_in_the_rows() -> None:
     (most, least_wrong), (less, wrong) = sorted(points, reverse=True)[:2]  # 8 bits, 4 bits
     assert f"{wrong / least_wrong:.0f} times the error for {less / most:.1f} of the bytes" in QUANT
     saved = {row["name"]: float(row["saved"]) for row in rows_of("bench_step_resnet18.csv")}
+    assert (
+        f"{saved['lsq']:.3f} of float's bytes, and with `norm_input: kept` {saved['lsq norm_input=kept']:.3f}" in QUANT
+    )
     exact, quantized = saved["actgrad"], saved["actgrad bits=2 norm=quantized"]
     assert f"{exact:.3f} of float's bytes with 4 bits and `norm: exact`, {quantized:.3f} with 2 bits" in QUANT
 
@@ -127,6 +131,27 @@ def test_what_is_said_of_accuracies_is_in_the_rows() -> None:
 def rows_of(name: str) -> list[dict[str, str]]:
     with (PUBLISHED / name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_first_screen_says_what_the_rows_say() -> None:
+    groups = {g.label: g for g in groups_of(collect([PUBLISHED / "lenet5_mnist.csv"])) if g.epochs == 10}
+    binary, floats = (groups[name] for name in ("xnor", "none"))
+    reached = [spread([row["test_top1"] for row in group.rows]) for group in (binary, floats)]
+    step = {row["name"]: row for row in rows_of("bench_step_resnet18.csv")}
+    peer = next(peer for peer in PEERS if peer.name.startswith("XNOR-Net-PyTorch"))
+    conv = next(row for row in rows_of("bench_conv.csv") if row["figure"] == "quoted")
+    larq = next(row for row in rows_of("bench_peers.csv") if row["name"].startswith("larq"))
+    packed = [f"{(group.mean('packed_bytes') or 0) / 1024:,.0f} KiB" for group in (binary, floats)]
+    stages = float(step["xnor recompute=stages"]["saved"])
+    for line in (
+        f"10 epochs, n = {len(binary.rows)} | {reached[0]} % | float {reached[1]} %; XNOR-Net-PyTorch 99.23 % after 60",
+        f"| {float(step['xnor']['time']):.2f} of float32 | XNOR-Net-PyTorch {peer.time:.2f} |",
+        f"| {stages:.3f} of float32 | XNOR-Net-PyTorch {peer.saved:.2f} |",
+        f"| {float(conv['kernel_speedup']):.1f} times as fast as float32 "
+        f"| Larq Compute Engine takes {float(larq['ours_over_it']):.0f} times as long |",
+        f"| LeNet-5 on disk | {packed[0]} | float {packed[1]} |",
+    ):
+        assert line in README
 
 
 def test_what_is_said_of_packed_inference_is_in_the_rows() -> None:

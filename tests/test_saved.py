@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.resnet import resnet18
+from models.resnet import resnet, resnet18
 from models.vgg import vgg6
 from quant.actgrad import ActGrad
+from quant.rangebn8 import EightBit
 from quant.saved import saved_bytes, saved_bytes_per_sample
 from quant.surgery import Rule, quantize_
 
@@ -112,6 +113,15 @@ def test_vgg6_keeps_what_the_codes_alone_take(bits: int, megabytes: float, ratio
     assert round(measured / 1e6, 3) == megabytes
     assert f"{measured:,.0f} ({VGG6_FLOAT / measured:.1f}x" in QUANT_PAGE
     assert round(VGG6_FLOAT / measured, 1 if ratio < 20 else 0) == ratio
+
+
+def test_resnet20_in_8_bits_keeps_what_the_page_says() -> None:
+    images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
+    net = resnet(in_channels=3, num_classes=10, image_size=32)
+    floats = saved_bytes_per_sample(net, images, labels)
+    quantize_(net, EightBit())
+    codes = saved_bytes_per_sample(net, images, labels)
+    assert f"float {floats:,.0f}, `8bit-rangebn` **{codes:,.0f}**, {floats / codes:.1f} times less" in QUANT_PAGE
 
 
 def test_resnet18_at_two_bits_keeps_less_than_an_eighth() -> None:
