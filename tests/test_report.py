@@ -73,6 +73,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         report(["--format", "doc"])
     with pytest.raises(ConfigError, match="say where the figures go"):
         report(["--format", "svg"])
+    with pytest.raises(ConfigError, match="say which pages"):
+        report(["--pages"])
 
 
 SCAN = """quant,figure,title,x_label,y_label,logarithmic,level,series,x,y

@@ -79,6 +79,8 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         raise ConfigError([Fault("--format", f"{options.format!r} is not accepted: {', '.join(ENDINGS)}")])
     if options.format == "svg" and options.out is None:
         raise ConfigError([Fault("--out", "say where the figures go: --format svg --out DIR")])
+    if options.pages and not options.paths:
+        raise ConfigError([Fault("--pages", "say which pages: --pages README.md")])
     if options.template is not None and not options.template.is_file():
         raise ConfigError([Fault("--template", f"{options.template} is not there")])
     return options

@@ -21,7 +21,7 @@ LATEX = {
 
 def markdown(report: Report, pictures_in: str | None) -> str:
     """Markdown; figures only where they are files beside it."""
-    parts = ["# Results\n", *(markdown_table(each) for each in _results(report))]
+    parts = ["# Results\n", *(markdown_table(each) for each in _of_runs(report))]
     if report.discussion:
         parts += ["## What the numbers say\n", *(f"{_markdown(paragraph)}\n" for paragraph in report.discussion)]
     if pictures_in:
@@ -36,9 +36,9 @@ def markdown(report: Report, pictures_in: str | None) -> str:
     return "\n".join(parts)
 
 
-def _results(report: Report) -> list[Table]:
-    """The table of the runs, where there are any, and those of what was measured besides."""
-    return [*([report.results] if report.groups else []), *report.measured]
+def _of_runs(report: Report) -> list[Table]:
+    """The table of the runs, where there are any."""
+    return [report.results] if report.groups else []
 
 
 def markdown_table(each: Table) -> str:
@@ -59,7 +59,7 @@ def _markdown(value: str) -> str:
 
 def html(report: Report, pictures_in: str | None) -> str:
     """One page with its figures inside; nothing in it can run."""
-    parts = [f'<div class="results">{_html_table(each)}</div>' for each in _results(report)]
+    parts = [f'<div class="results">{_html_table(each)}</div>' for each in _of_runs(report)]
     parts += ["<h2>What the numbers say</h2>"] if report.discussion else []
     parts += [f"<p>{text(paragraph)}</p>" for paragraph in report.discussion]
     figures = "".join(f"<figure>{p.svg}<figcaption>{text(p.caption)}</figcaption></figure>" for p in report.pictures)
@@ -82,7 +82,7 @@ def _html_table(each: Table) -> str:
 def latex(report: Report, pictures_in: str | None) -> str:
     """Sections to be put into a paper: booktabs for tables, the svg package for figures."""
     parts = [r"% needs \usepackage{booktabs,longtable} and, for the figures, \usepackage{svg}", r"\section*{Results}"]
-    parts += [_latex_table(each) for each in _results(report)]
+    parts += [_latex_table(each) for each in _of_runs(report)]
     parts += [f"{_latex(paragraph)}\n" for paragraph in report.discussion]
     for picture in report.pictures if pictures_in else ():
         graphic = rf"\includesvg[width=\linewidth]{{{pictures_in}/{picture.name}}}"

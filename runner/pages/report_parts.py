@@ -59,7 +59,7 @@ class Report:
 
     @cached_property
     def tables(self) -> list[Table]:
-        return list(_settings_tables(self.groups)) if self.groups else []
+        return [*self.measured, *(_settings_tables(self.groups) if self.groups else ())]
 
     @cached_property
     def holes(self) -> list[str]:
