@@ -83,8 +83,8 @@ def test_what_is_said_of_constants_is_in_the_scans() -> None:
     assert all(y == 1 for (series, _), y in constants.items() if series == "scale d2")
     assert [round(constants["scale paper", n], 2) for n in (16, 131072)] == [1.5, 1.83]
     assert [round(constants["scale reference", n], 2) for n in (16, 131072)] == [0.81, 0.99]
-    assert "1.5 times too much at 16 values, 1.83 times at 131,072" in QUANT
-    assert "0.81 at 16 values, 0.99 at 131,072" in QUANT
+    assert r"1.5 times $\sigma$ at 16 values, 1.83 times at 131,072" in QUANT
+    assert r"0.81 times $\sigma$ at 16 values, 0.99 at 131,072" in QUANT
     relu = [y for (series, _), y in others.items() if series == "normal behind a ReLU"]
     assert max(relu) - min(relu) < 1e-3
     for series, sign in (("uniform", -1), ("Laplace", 1)):

@@ -29,7 +29,7 @@ def _table(path: Path, part: str | None) -> Table:
         raise ConfigError([Fault(str(path), "is not there: the file of a marked table")])
     report, _ = make_report([path])
     if report.groups:
-        groups = [group for group in report.groups if part is None or group.quant in (part, "none")]
+        groups = [group for group in report.groups if part is None or group.plain or group.quant == part]
         if part is None or any(group.quant == part for group in groups):
             return results_table(groups)
     for table in report.measured:
