@@ -84,7 +84,7 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
     except BaseException as error:
         stop.last_words = None
         world.leave()
-        blamed = world.blame(error)
+        blamed = world.blame(stop.blame(error))
         _note_failure(folder, blamed)
         raise blamed from (None if blamed is error else error)
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
-from runner.faults import Preempted
+from runner.faults import Preempted, RunnerError
 
 FATAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -46,4 +46,14 @@ class StopRequest:
     def check(self) -> None:
         """Raise Preempted once a stop was asked for."""
         if self.received is not None:
-            raise Preempted(f"stopped by {self.received.name}; run the same command again to go on from here")
+            raise _preempted(self.received)
+
+    def blame(self, error: BaseException) -> BaseException:
+        """The stop, where that broke something off: an import may swallow it and leave a module half loaded behind."""
+        if self.received is None or not self._at_once or isinstance(error, RunnerError):
+            return error
+        return _preempted(self.received)
+
+
+def _preempted(by: signal.Signals) -> Preempted:
+    return Preempted(f"stopped by {by.name}; run the same command again to go on from here")

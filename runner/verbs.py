@@ -33,9 +33,13 @@ def train(words: Sequence[str]) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from runner.job import train as train_run
-    except Preempted as error:  # loading torch takes seconds: a stop meanwhile is a stop like any other
-        folder.status("preempted", int(error.code), str(error))
-        raise
+
+        stop.check()
+    except Exception as error:  # loading torch takes seconds: a stop meanwhile is a stop like any other
+        blamed = stop.blame(error)
+        if isinstance(blamed, Preempted):
+            folder.status("preempted", int(blamed.code), str(blamed))
+        raise blamed from error
     train_run(config, folder, stop)
     return int(Exit.DONE)
 

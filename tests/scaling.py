@@ -1,11 +1,12 @@
-"""What a second core brings, on a machine that is left alone:
+"""What a second core brings, on a machine that is left alone: python -m tests.scaling [TURNS]
 
-python -m tests.scaling ranks     images/s of ResNet-18 on 2 ranks (a core each) over 1 rank on 1 core, 64 images a rank
-python -m tests.scaling jobs      seconds of 4 jobs through joblib with 2 workers over those of the same jobs one by one
+ranks     images/s of ResNet-18 on 2 ranks (a core each) over 1 rank on 1 core, 64 images a rank
+jobs      seconds of 4 jobs through joblib with 2 workers over those of the same jobs one by one
+
+A row a turn goes to the terminal and to outputs/published/scaling.csv.
 """
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "outputs" / "published" / "scaling.csv"
 QUIET = "trainer.progress=none trainer.dashboard=none trainer.device=cpu trainer.threads=1 dataset=synthetic".split()
 RESNET = [
     *QUIET,
@@ -56,23 +58,39 @@ def images_per_s(place: Path) -> float:
     return float(list(csv.DictReader(path.open(encoding="utf-8")))[-1]["images_per_s"])
 
 
-def ranks(root: Path) -> dict[str, float]:
+def ranks(root: Path) -> tuple[float, float]:
+    """Images/s of one rank and of two."""
     steps, share = 6, 64
     for count in (1, 2):
         words = [*RESNET, f"dataset.samples={round(steps * share * count / 0.98)}", f"batch_size={share * count}"]
         agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
         run([*agent, "-m", "runner", *words], root / str(count), "0,1" if count > 1 else "0")
-    one, two = images_per_s(root / "1"), images_per_s(root / "2")
-    return {"images_per_s_1": one, "images_per_s_2": two, "ratio": round(two / one, 3)}
+    return images_per_s(root / "1"), images_per_s(root / "2")
 
 
-def jobs(root: Path) -> dict[str, float]:
+def jobs(root: Path) -> tuple[float, float]:
+    """Seconds one by one, and two at a time."""
     words = ["-m", "runner", "-m", *JOB, "seeds=4"]
     serial = run(words, root / "serial", "0,1")
     parallel = run([*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], root / "parallel", "0,1")
-    return {"serial_s": round(serial, 1), "joblib_s": round(parallel, 1), "ratio": round(parallel / serial, 3)}
+    return serial, parallel
+
+
+def main(turns: int) -> None:
+    rows = []
+    for turn in range(turns):
+        for what, measure in (("ranks", ranks), ("jobs", jobs)):
+            with tempfile.TemporaryDirectory() as folder:
+                one, two = measure(Path(folder))
+            rows.append(
+                {"what": what, "turn": turn, "one": round(one, 1), "two": round(two, 1), "ratio": round(two / one, 3)}
+            )
+            print(*rows[-1].values(), flush=True)
+    with PUBLISHED.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps({name: {"ranks": ranks, "jobs": jobs}[name](Path(folder) / name) for name in sys.argv[1:]}))
+    main(int("".join(sys.argv[1:]) or 3))

@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,48 @@ def test_before_training_a_stop_breaks_off_what_takes_long(own_signals: None) ->
     with pytest.raises(Preempted, match="stopped by SIGTERM"):
         subprocess.run(["sh", "-c", f"kill -TERM {os.getpid()}; sleep 60"], check=True)
     assert time.monotonic() - began < 50
+
+
+def test_what_a_stop_left_half_loaded_is_the_stop_s_doing(
+    config: RunConfig, own_signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules swallow exceptions while they are imported, and fail later, in ways of their own."""
+
+    def half_loaded(*_: Any, **__: Any) -> None:
+        with suppress(Exception):
+            send()
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr("runner.run.load", half_loaded)
+    with pytest.raises(Preempted, match="stopped by SIGTERM"):
+        runner.job.train(config)
+    assert (status(config)["state"], status(config)["exit_code"]) == ("preempted", 75)
+
+
+HALF_LOADED = """
+import os, signal, sys
+then = sys.argv.pop()
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "runner.job":
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except Exception:
+                pass
+            if then == "fails":
+                raise ImportError("cannot load module more than once per process")
+sys.meta_path.insert(0, Finder())
+from runner.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("then", ["fails", "goes on"])
+def test_a_stop_that_an_import_swallows_is_a_stop(config: RunConfig, then: str) -> None:
+    command = [sys.executable, "-c", HALF_LOADED, *WORDS, f"outputs={config.outputs}", then]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert status(config)["state"] == "preempted"
 
 
 def test_in_training_a_stop_waits_until_it_is_asked_for(own_signals: None) -> None:
