@@ -33,7 +33,18 @@ FIG4 = (
     Line("with alpha and K", "alpha_k_speedup", "s3"),
     Line("kernel, over the best float library", "kernel_over_best", "s4", "dashed"),
 )
-TICKS = {1, 4, 7, 10, 13, 16, 19, 64, 256, 1024}  # of those measured; more would run into each other on a telephone
+TICKS = {
+    1,
+    4,
+    7,
+    10,
+    13,
+    16,
+    19,
+    64,
+    256,
+    1024,
+}  # of the places measured; more would run into each other on a telephone
 DASHES = {"solid": "", "dashed": "6 3", "dotted": "2 3"}
 
 
@@ -55,9 +66,7 @@ def speedups(charts: Charts, name: str, title: str, rows: Sequence["Row"], x: st
     for index, line in enumerate(lines):
         _draw(plot, line, _rows_of(line, mine), x, f"{name}:{index}")
     style(plot)
-    plot.xaxis.ticker = FixedTicker(
-        ticks=[v for v in places if not wide or v in (1, 4, 16, 64, 256, 1024) or len(places) < 6]
-    )
+    plot.xaxis.ticker = FixedTicker(ticks=[place for place in places if place in TICKS or len(places) < 10])
     plot.xaxis.formatter = NumeralTickFormatter(format="0")
     plot.xaxis.axis_label = {"in_channels": "input channels", "kernel": "filter width"}[x]
     plot.ygrid.visible = True
@@ -67,7 +76,7 @@ def speedups(charts: Charts, name: str, title: str, rows: Sequence["Row"], x: st
         for line in lines
     )
     keys = "".join(_key(line, f"{name}:{index}") for index, line in enumerate(lines))
-    chart = charts.add(name, title, summary, plot, size="major")
+    chart = charts.add(name, title, summary, plot, size="even-part")
     return chart.replace("</figcaption>", f'<div class="keys">{keys}</div></figcaption>')
 
 

@@ -38,9 +38,10 @@ COLUMNS = {
     "kernel / best": "kernel_over_best",
     "alpha / best": "alpha_over_best",
     "best float": "best_float",
-    "kernel us": "kernel_us",
-    "torch us": "torch_us",
+    "kernel, µs": "kernel_us",
+    "torch, µs": "torch_us",
 }
+SIZES = ("in_channels", "out_channels", "size", "kernel", "batch")
 MEANING = (
     "Speedups over float32 conv2d of torch, medians of turns. paper: the formula of XNOR-Net; machine: the same with this "
     "processor's own ratio of limits instead of 64; kernel: bits in, float32 out, machine code alone; call: the same as a call "
@@ -158,7 +159,15 @@ def _page(
         if heading not in ("measured for", "layout", "path", "best float", "of limit", "inside")
     }
     measured = table(
-        [Column(key, heading, numeric=heading in numeric) for heading, key in COLUMNS.items()],
+        [
+            Column(
+                key,
+                heading,
+                numeric=heading in numeric,
+                form="" if key in SIZES else ",.2f" if key == "paper" else ",.1f",
+            )
+            for heading, key in COLUMNS.items()
+        ],
         [_shown(row) for row in rows],
         "All shapes",
         sortable=True,
@@ -167,7 +176,7 @@ def _page(
     peers = facts.pop("peers", None)
     sections = [
         *(f"<p>{text(sentence)}</p>" for sentence in story),
-        f'<div class="panels">{"".join(figures)}</div>',
+        f'<div class="even">{"".join(figures)}</div>',
         f"<h2>Measured</h2><p>{text(MEANING)}</p>{measured}",
         _peers_table(peers) if peers else "",
         facts_table({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in facts.items()}),

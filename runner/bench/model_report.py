@@ -164,16 +164,31 @@ def _memory(row: "Footprint") -> dict[str, Any]:
 def _figures(charts: Charts, result: "Result") -> list[str]:
     longest = sorted(result.layers, key=lambda layer: -layer.packed_us)[:15]
     bars = [Bar(layer.name, layer.packed_us) for layer in longest]
-    times = charts.bars("layers", "The longest operations, batch 1 (us)", bars, line_at=None)
+    times = charts.bars("layers", "The longest operations, batch 1 (µs)", bars, line_at=None)
     shrunk = [Bar(row.name, row.over_double) for row in result.memory]
     sizes = charts.bars("memory", "Weights, float64 / packed (Fig. 4 a)", shrunk, line_at=None)
     return [f'<div class="even">{times}{sizes}</div>']
 
 
 def _table(columns: Mapping[str, str], rows: Sequence[dict[str, Any]], caption: str, *, tall: bool = False) -> str:
-    """A column is one of numbers where the first row has a number."""
-    heads = [Column(key, heading, numeric=isinstance(rows[0][key], int | float)) for heading, key in columns.items()]
+    """A column is one of numbers where the first row has a number; CSV files keep to ASCII, pages need not."""
+    heads = [
+        Column(
+            key,
+            heading.replace(", us", ", µs"),
+            isinstance(rows[0][key], int | float),
+            form=_form(heading, rows[0][key]),
+        )
+        for heading, key in columns.items()
+    ]
     return table(heads, rows, caption, sortable=True, tall=tall)
+
+
+def _form(heading: str, value: object) -> str:
+    """As many digits as a measurement has."""
+    if heading.startswith("times "):
+        return ".2f"
+    return ",.3f" if heading.endswith(", ms") else ",.1f" if isinstance(value, float) else ""
 
 
 def _csv(columns: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> str:

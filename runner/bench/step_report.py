@@ -30,6 +30,7 @@ COLUMNS = {
     "saved, MiB": "saved_mib",
     "peak, MiB": "peak_mib",
 }
+FORMS = dict.fromkeys(("ms", "images_per_s", "saved_mib", "peak_mib"), ",.1f")  # ratios have three digits
 MEANING = (
     "time: ratio to float32, median of turns, and quartiles; processor: the same in processor time; saved: bytes kept for "
     "backward; peak: the most memory that the tensors of a step take beyond those before it; all as ratios to float32"
@@ -102,7 +103,10 @@ def _page(
         charts.bars("peak", "Peak memory of a step / float32", [Bar(row.name, row.peak) for row in rows]),
     ]
     measured = table(
-        [Column(key, heading or "step", numeric=key not in ("name", "quartiles")) for heading, key in COLUMNS.items()],
+        [
+            Column(key, heading or "step", numeric=key not in ("name", "quartiles"), form=FORMS.get(key, ".3f"))
+            for heading, key in COLUMNS.items()
+        ],
         [_shown(row) for row in rows],
         MEANING,
         sortable=True,

@@ -149,7 +149,7 @@ class HeatMap:
             color_mapper=mapper, height=10, padding=4, background_fill_alpha=0, bar_line_alpha=0,
             ticker=FixedTicker(name=landmarks, **sheet.moving[landmarks]),
             formatter=NumeralTickFormatter(format="0.[0000000]a"),
-            major_tick_line_alpha=0, major_label_text_font_size="12px", margin=0,
+            major_tick_line_alpha=0, major_label_text_font_size="12px", major_label_text_font="system-ui, sans-serif", margin=0,
         )  # fmt: skip
         plot.add_layout(bar, "above")
         plot.ygrid.visible = False

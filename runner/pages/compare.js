@@ -5,15 +5,16 @@
   const GOALS = {test: "test top-1 (%)", best: "best validation top-1 (%)", last: "last validation top-1 (%)"};
   const METRICS = {val_top1: "Validation top-1 (%)", train_top1: "Train top-1 (%)", val_loss: "Validation loss",
     train_loss: "Train loss", lr: "Learning rate"};
-  const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3], [14, 4], [4, 2, 1, 2, 1, 2]];
-  const SHAPES = ["circle", "square", "triangle", "diamond", "inverted_triangle", "plus"];
+  const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3], [14, 4], [4, 2, 1, 2, 1, 2], [1, 2], [12, 3, 2, 3, 2, 3]];
+  const SHAPES = ["circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "hex", "star"];
+  const ENLARGED = {diamond: 1.5, plus: 1.2, star: 1.5};  // Bokeh draws these smaller than the others
   const COLOURS = 8, MOST_KEYS = 40, ROWS = 100, MARKS = 8;
   const {valueOf, unique, known, inOrder} = Comparison;
   const find = (id) => document.getElementById(id);
   const filters = [];  // [key, value]
   const muted = new Set();
   const first = {results: 0, settings: 0};
-  const order = {results: {column: 3, upwards: false}, settings: {column: 0, upwards: true}};
+  const order = {results: {column: 2, upwards: false}, settings: {column: 0, upwards: true}};
   let runs = [], base = {}, keys = [], groups = [], styles = new Map();
 
   function element(tag, attributes = {}, ...children) {
@@ -153,12 +154,18 @@
   }
 
   function shape(name) {
-    const paths = {square: "M14 2h8v8h-8z", triangle: "M18 1l5 9h-10z", diamond: "M18 0.5l5 5.5l-5 5.5l-5 -5.5z",
+    const paths = {hex: "M13 6l2.5 -4.5h5l2.5 4.5l-2.5 4.5h-5z", square: "M14 2h8v8h-8z",
+      star: "M18 0l1.6 4.2h4.4l-3.5 2.7l1.3 4.3l-3.8 -2.6l-3.8 2.6l1.3 -4.3l-3.5 -2.7h4.4z", triangle: "M18 1l5 9h-10z", diamond: "M18 0.5l5 5.5l-5 5.5l-5 -5.5z",
       inverted_triangle: "M18 11l5 -9h-10z", plus: "M18 1v10M13 6h10"};
     return name === "circle" ? drawing("circle", {cx: 18, cy: 6, r: 4}) : drawing("path", {d: paths[name], "stroke-width": 2});
   }
 
+  const empty = (names) => Object.fromEntries(names.split(" ").map((name) => [name, []]));
+  const add = (columns, row) => { for (const [name, value] of Object.entries(row)) columns[name].push(value); };
+
   const opacity = ({category, dashed}) => muted.has(`colour:${category}`) || muted.has(`dash:${dashed}`) ? 0.08 : 1;
+  const drawn = (style) => ({colour: Page.colour(`s${style.colour}`), alpha: opacity(style), marker: SHAPES[style.dash],
+    size: ENLARGED[SHAPES[style.dash]] ?? 1});
   const chosenAxis = () => document.querySelector("input[name=compared]:checked").value;
 
   function draw() {
@@ -174,23 +181,21 @@
     const longest = Math.max(0, ...[...curves.values()].map((points) => points.at(-1)?.x ?? 0));
     const [unit, symbol] = axis !== "time" ? [1, ""] : longest >= 7200 ? [3600, "h"] : longest >= 120 ? [60, "min"] : [1, "s"];
     const label = {epoch: "epochs completed", step: "optimizer steps", time: `time spent (${symbol})`}[axis];
-    const lines = {xs: [], ys: [], colour: [], dash: [], alpha: [], label: [], n: [], axis: []};
-    const bands = {xs: [], ys: [], colour: [], alpha: []};
-    const marks = {x: [], y: [], colour: [], marker: [], alpha: []};
+    const [lines, bands, marks] = ["xs ys colour dash alpha label n axis", "xs ys colour alpha", "x y colour marker size alpha"].map(empty);
     for (const [group, points] of curves) {
       if (!points.length) continue;
       const style = styles.get(group.id);
-      const [ink, alpha] = [Page.colour(`s${style.colour}`), opacity(style)];
+      const {colour, alpha, marker, size} = drawn(style);
       const xs = points.map((point) => point.x / unit);
-      for (const [key, value] of Object.entries({xs, ys: points.map((point) => point.mean), colour: ink, dash: DASHES[style.dash],
-        alpha, label: group.label, n: group.runs.length, axis: label})) lines[key].push(value);
+      add(lines, {xs, ys: points.map((point) => point.mean), colour, dash: DASHES[style.dash], alpha, label: group.label,
+        n: group.runs.length, axis: label});
       if (group.runs.length > 1) {
-        for (const [key, value] of Object.entries({xs: [...xs, ...xs.toReversed()], colour: ink, alpha: 0.12 * alpha,
-          ys: [...points.map((point) => point.high), ...points.map((point) => point.low).toReversed()]})) bands[key].push(value);
+        const edge = [...points.map((point) => point.high), ...points.map((point) => point.low).toReversed()];
+        add(bands, {xs: [...xs, ...xs.toReversed()], ys: edge, colour, alpha: 0.12 * alpha});
       }
       const every = Math.max(1, Math.ceil(points.length / MARKS));
       for (const point of points.filter((_, index) => index % every === (points.length - 1) % every)) {
-        for (const [key, value] of Object.entries({x: point.x / unit, y: point.mean, colour: ink, marker: SHAPES[style.dash], alpha})) marks[key].push(value);
+        add(marks, {x: point.x / unit, y: point.mean, colour, marker, size: 7 * size, alpha});
       }
     }
     Page.named("lines").data = lines;
@@ -207,17 +212,14 @@
     const points = groups.map((group) => ({group, x: group.costs[key].mean, y: group.reached[goal].mean, sd: group.reached[goal].sd ?? 0}))
       .filter((point) => point.x !== null && point.y !== null);
     const {title, scale} = Page.page.costs[key];
-    const column = (make) => points.map(make);
-    const style = (point) => styles.get(point.group.id);
-    source.data = {
-      x: column((point) => point.x / scale), y: column((point) => point.y),
-      low: column((point) => point.y - point.sd), high: column((point) => point.y + point.sd),
-      colour: column((point) => Page.colour(`s${style(point).colour}`)), marker: column((point) => SHAPES[style(point).dash]),
-      alpha: column((point) => opacity(style(point))), label: column((point) => point.group.label), n: column((point) => point.group.runs.length),
-      shown_x: column((point) => ofCost(key, point.x)), shown_y: column(({group}) => spread(group.reached[goal], group.runs.length)),
-      cost: column(() => title), goal: column(() => GOALS[goal]),
-    };
-    const front = Comparison.paretoFront(points.filter((point) => opacity(style(point)) === 1));
+    const columns = empty("x y low high colour alpha marker size label n shown_x shown_y cost goal");
+    for (const {group, x, y, sd} of points) {
+      const look = drawn(styles.get(group.id));
+      add(columns, {...look, size: 11 * look.size, x: x / scale, y, low: y - sd, high: y + sd, label: group.label, n: group.runs.length,
+        shown_x: ofCost(key, x), shown_y: spread(group.reached[goal], group.runs.length), cost: title, goal: GOALS[goal]});
+    }
+    source.data = columns;
+    const front = Comparison.paretoFront(points.filter(({group}) => opacity(styles.get(group.id)) === 1));
     Page.named(`front-${key}`).data = {x: front.map((point) => point.x / scale), y: front.map((point) => point.y)};
     const ticker = Page.named(`ticks-${key}`);
     if (ticker) ticker.ticks = Comparison.roundValues(points.map((point) => point.x / scale), key === "weight_bits");
@@ -269,9 +271,9 @@
     table("results", [
       {heading: "configuration", key: (group) => group.label, cell: (group) => group.label},
       {heading: "n", numeric: true, key: (group) => group.runs.length, cell: (group) => group.runs.length},
-      {heading: "runs by seed", key: (group) => group.runs.map((run) => run.seed).join(" "), cell: links},
       ...reached.map((goal) => ({heading: GOALS[goal], numeric: true, key: (group) => group.reached[goal].mean,
         cell: (group) => spread(group.reached[goal], group.runs.length)})),
+      {heading: "runs by seed", key: (group) => group.runs.map((run) => run.seed).join(" "), cell: links},
       {heading: "epochs", numeric: true, key: (group) => group.epochs, cell: (group) => progress(group)
         ? `${group.epochs} of ${group.runs[0].planned ?? "?"}` : plain(group.epochs)},
       ...costs.map((key) => ({heading: inTable(key), numeric: true, key: (group) => group.costs[key].mean,
@@ -283,11 +285,18 @@
     const own = Comparison.differingKeys(groups.flatMap((group) => group.runs), base).filter((key) => key !== "seed");
     find("settings-none").hidden = own.length > 0;
     find("settings-box").hidden = own.length === 0;
+    // Whatever there is more of goes downwards.
+    const across = own.length > groups.length;
+    const [rows, columns] = across ? [own, groups] : [groups, own];
+    const named = (one) => one.label ?? one;
+    const value = (row, column) => across ? column.values[row] : row.values[column];
     table("settings", [
-      {heading: "configuration", key: (group) => group.label, cell: (group) => group.label},
-      ...own.map((key) => ({heading: key, key: (group) => group.values[key], cell: (group) => group.values[key] ?? "—"})),
-    ], groups);
+      {heading: across ? "key" : "configuration", key: across ? (row) => rows.indexOf(row) : named, cell: named},
+      ...columns.map((column) => ({heading: named(column), key: (row) => value(row, column), cell: (row) => value(row, column) ?? "—"})),
+    ], rows);
   }
+
+  const tables = {results, settings};
 
   const answers = {
     "[data-unfilter]": (button) => { filters.splice(Number(button.dataset.unfilter), 1); refresh(); find("filter-key").focus(); },
@@ -302,12 +311,12 @@
       const same = order[name].column === Number(column);
       order[name] = {column: Number(column), upwards: same ? !order[name].upwards : true};
       first[name] = 0;
-      name === "results" ? results() : settings();
+      tables[name]();
     },
     "[data-page]": (button) => {
       const [name, way] = button.dataset.page.split(":");
-      first[name] = Math.max(0, Math.min(first[name] + Number(way) * ROWS, (Math.ceil(groups.length / ROWS) - 1) * ROWS));
-      name === "results" ? results() : settings();
+      first[name] = Math.max(0, first[name] + Number(way) * ROWS);
+      tables[name]();
     },
   };
 

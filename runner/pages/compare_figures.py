@@ -25,8 +25,8 @@ def curve_chart(sheet: Sheet) -> str:
     drawn = plot.multi_line(
         "xs", "ys", source=lines, line_color="colour", line_dash="dash", line_alpha="alpha", line_width=2.2
     )
-    marks = ColumnDataSource({key: [] for key in ("x", "y", "colour", "marker", "alpha")}, name="marks")
-    plot.scatter("x", "y", source=marks, color="colour", marker="marker", alpha="alpha", size=7)
+    marks = ColumnDataSource({key: [] for key in ("x", "y", "colour", "marker", "size", "alpha")}, name="marks")
+    plot.scatter("x", "y", source=marks, color="colour", marker="marker", alpha="alpha", size="size")
     plot.add_tools(
         HoverTool(
             renderers=[drawn], tooltips=LINE_TIP, line_policy="nearest", formatters={"$snap_y": "printf"},
@@ -55,15 +55,15 @@ def _cost_chart(sheet: Sheet, key: str, cost: Cost, known: "np.ndarray[Any, Any]
     set_type(plot)
     plot.yaxis.name = "reached"
     plot.xaxis.axis_label = f"{cost.unit}, logarithmic" if logarithmic else cost.unit
-    plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[000]")
+    plot.xaxis.formatter = NumeralTickFormatter(format="0.[000]a")
     plot.xaxis.ticker = plot.xgrid.ticker = (
-        FixedTicker(ticks=[], name=f"ticks-{key}") if logarithmic else BasicTicker(desired_num_ticks=4)
+        FixedTicker(ticks=[], name=f"ticks-{key}") if logarithmic else BasicTicker(desired_num_ticks=3)
     )
     front = ColumnDataSource({"x": [], "y": []}, name=f"front-{key}")
     plot.step("x", "y", source=front, mode="after", line_width=1.5, line_dash="dotted").tags = ["quiet"]
-    columns = ("x", "y", "low", "high", "colour", "marker", "alpha", "label", "n", "shown_x", "shown_y", "cost", "goal")
+    columns = "x y low high colour marker size alpha label n shown_x shown_y cost goal".split()
     points = ColumnDataSource({column: [] for column in columns}, name=f"points-{key}")
     plot.segment("x", "low", "x", "high", source=points, line_color="colour", line_alpha="alpha", line_width=1.5)
-    drawn = plot.scatter("x", "y", source=points, color="colour", marker="marker", alpha="alpha", size=11)
+    drawn = plot.scatter("x", "y", source=points, color="colour", marker="marker", alpha="alpha", size="size")
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=POINT_TIP))
     return sheet.host(plot, f"cost-{key}", cost.title, "even-part", f"Accuracy against {cost.title}.")

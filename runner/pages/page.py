@@ -99,12 +99,13 @@ def duration(value: object) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: its key in the rows, its heading, and whether it holds numbers."""
+    """One column of a table: its key in the rows, its heading, whether it holds numbers, and how these are written."""
 
     key: str
     heading: str
     numeric: bool = True
     wide: bool = False
+    form: str = ""
 
 
 def table(
@@ -137,7 +138,8 @@ def _cells(columns: Sequence[Column], row: dict[str, object]) -> Iterable[str]:
         tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
         if column.numeric:
             key = number(value)
-            yield f'<{tag}{scope} class="number" data-sort="{"" if key is None else key}">{text(plain(value))}</{tag}>'
+            shown = format(key, column.form) if column.form and key is not None else plain(value)
+            yield f'<{tag}{scope} class="number" data-sort="{"" if key is None else key}">{text(shown)}</{tag}>'
         else:
             wide = ' class="wide"' if column.wide else ""
             yield f"<{tag}{scope}{wide}>{text(plain(value))}</{tag}>"

@@ -20,6 +20,13 @@ TITLES = {
     "train_seconds": ("Training time", "s", 1.0),
     "images_per_s": ("Speed", "images/s", 1.0),
 }  # name, unit, and how much of the unit in the file that is
+FORMS = {
+    "best_val_top1": ".2f",
+    "weight_bits": ".3f",
+    "packed_bytes": ",.1f",
+    "saved_bytes_per_sample": ",.1f",
+    "train_seconds": ",.1f",
+}
 BEST = {True: "Large points: trials that none beats at the same or a lower cost; the dotted line joins them.",
         False: "The large point is the best trial."}  # fmt: skip
 Row = dict[str, Any]
@@ -38,7 +45,13 @@ def write_search_page(folder: Path) -> Path:
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     reasons = ["reason"] if any(row["reason"] for row in rows) else []
     columns = [
-        Column(name, _heading(name), name not in ("state", "best", "run", "reason", *words), name == "reason")
+        Column(
+            name,
+            _heading(name),
+            name not in ("state", "best", "run", "reason", *words),
+            name == "reason",
+            FORMS.get(name, ""),
+        )
         for name in ["trial", "state", "best", *goals, *dimensions, "run", *reasons]
     ]
     shown = [row | {goal: _scaled(row, goal) for goal in goals} for row in rows]
@@ -87,9 +100,8 @@ def _front(sheet: Sheet, rows: list[Row], goal: str, cost: str) -> str:
     plot = _plot(_heading(cost), _heading(goal))
     front = sorted((row for row in rows if row["best"]), key=lambda row: float(row[cost]))
     line: dict[str, Any] = {"x": [_scaled(row, cost) for row in front], "y": [row[goal] for row in front]}
-    plot.step("x", "y", source=ColumnDataSource(line), mode="after", line_dash="dotted", line_width=1.5).tags = [
-        "single"
-    ]
+    step = plot.step("x", "y", source=ColumnDataSource(line), mode="after", line_dash="dotted", line_width=1.5)
+    step.tags = ["quiet"]
     _points(plot, rows, cost, goal)
     summary = f"{len(rows)} trials, {len(front)} of them on the Pareto front; the numbers are in the table."
     return sheet.host(
@@ -129,6 +141,6 @@ def _points(plot: figure, rows: list[Row], x: str, y: str) -> None:
         "size": [13 if row["best"] else 7 for row in rows],
     }
     drawn = plot.scatter("x", "y", source=ColumnDataSource(columns), size="size", fill_alpha=0.5)
-    drawn.tags = ["single"]
+    drawn.tags = ["val"]
     tips = [("trial", "@trial"), (_heading(x), "@x{%.6g}"), (_heading(y), "@y{%.6g}")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips, formatters={"@x": "printf", "@y": "printf"}))
