@@ -81,7 +81,8 @@ SCAN = """quant,figure,title,x_label,y_label,logarithmic,level,series,x,y
 lsq,rate,How <fast>,weights,R,xy,1.0,none,100,5
 lsq,rate,How <fast>,weights,R,xy,1.0,none,1000,0.05
 lsq,rate,How <fast>,weights,R,xy,1.0,scaled,1000,0.5
-"""
+lsq,zero,Zero,weights,R,xyz,,none,0,-1
+lsq,rate,How <fast>,weights,R,xy,1.0,scaled,10"""
 STEP = """name,against,time,time_low,time_high,saved,peak
 float32,float32,1.0,1.0,1.0,1.0,1.0
 lsq,float32,0.75,0.5,0.8,0.1234,2.0
@@ -95,7 +96,7 @@ def test_figures_alone_are_written_for_every_kind_of_file(outputs: Path, tmp_pat
     step.write_text(STEP)
     assert report([*map(str, (runs, scan, step)), "--format", "svg", "--out", str(tmp_path / "figures")]) == 0
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {"lenet5-mnist-10-packed.svg", "lenet5-mnist-10-saved.svg", "lsq-rate.svg"} | {
+    assert names == {"lenet5-mnist-10-packed.svg", "lenet5-mnist-10-saved.svg", "lsq-rate.svg", "lsq-zero.svg"} | {
         f"step-{part}.svg" for part in ("time", "saved")
     }
     drawn = ElementTree.parse(tmp_path / "figures" / "lsq-rate.svg")

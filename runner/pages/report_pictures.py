@@ -169,18 +169,13 @@ def _step_pictures(name: str, rows: Sequence[dict[str, Any]], facts: dict[str, A
 
 def _scan_pictures(name: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterable[Picture]:
     for figure, points in scan_figures(rows).items():
-        first = points[0]
-        series = [
-            svg.Series(
-                label,
-                [p["x"] for p in points if p["series"] == label],
-                [p["y"] for p in points if p["series"] == label],
-            )
-            for label in dict.fromkeys(point["series"] for point in points)
-        ]
+        first, labels = points[0], dict.fromkeys(point["series"] for point in points)
+        lines = {label: [point for point in points if point["series"] == label] for label in labels}
+        series = [svg.Series(label, [p["x"] for p in line], [p["y"] for p in line]) for label, line in lines.items()]
+        logarithmic = [a for a in "xy" if a in first["logarithmic"] and all(point[a] > 0 for point in points)]
         chart = svg.Chart(
             first["title"], first["x_label"], first["y_label"], series,
-            logarithmic=first["logarithmic"], level=first["level"] if first["level"] != "" else None,
+            logarithmic="".join(logarithmic), level=None if first["level"] == "" else first["level"],
         )  # fmt: skip
         yield Picture(figure, f"{first['title']}.", chart.svg())
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,11 @@ def record_tables(record: Record) -> Iterable[Table]:
 
 
 def scan_figures(rows: Sequence[Record]) -> dict[str, list[Record]]:
-    """The points of a file of scans, figure by figure."""
+    """The points of a file of scans, figure by figure; a row that is no point, as the last of a torn file, is left out."""
     figures: dict[str, list[Record]] = {}
     for row in rows:
-        figures.setdefault(f"{row['quant']}-{row['figure']}", []).append(row)
+        if all(isinstance(row[axis], float) and math.isfinite(row[axis]) for axis in "xy"):
+            figures.setdefault(f"{row['quant']}-{row['figure']}", []).append(row)
     return figures
 
 
