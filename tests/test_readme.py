@@ -125,6 +125,11 @@ def test_what_is_said_of_accuracies_is_in_the_rows() -> None:
     xnor, lsq = (beside_float("variants_lenet5_mnist.csv", quant) for quant in ("xnor", "lsq"))
     ends = [(gap.mean - gap.half, gap.mean + gap.half) for gap in xnor.values()]
     assert max(low for low, _ in ends) < min(high for _, high in ends)  # all intervals have a point in common
+    levels, plain = (
+        {row["seed"]: row["test_top1"] for row in collect([PUBLISHED / name]) if "preset=plain" in row["settings"]}
+        for name in ("lsq_levels_lenet5_mnist.csv", "variants_lenet5_mnist.csv")
+    )
+    assert f"{levels[0]:.2f} and {levels[1]:.2f} % where `plain` reaches {plain[0]:.2f} and {plain[1]:.2f}" in QUANT
     assert min(lsq, key=lambda settings: lsq[settings].mean).count("preset=plain")
 
 
