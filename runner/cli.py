@@ -18,7 +18,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "search": ("runner.search:search", "look for the best settings: search sweep=NAME (needs the extra 'search')"),
     "verify": ("runner.verify:verify", "prove the mathematics of every quantizer, or of quant=NAME"),
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
-    "report": ("runner.pages.report:report", "the results of finished runs: report FOLDER … [--format md|html|latex|svg|csv]"),
+    "report": (
+        "runner.pages.report:report",
+        "the results of finished runs: report FOLDER … [--format md|html|latex|svg|csv]",
+    ),
     "bench": ("runner.bench:bench", "measure this machine: bench step | conv | model"),
     "export": (
         "runner.export:export",
