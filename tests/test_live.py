@@ -158,6 +158,21 @@ def test_the_list_of_runs_follows_too_and_names_what_is_broken(
     assert browser.complaints() == []
 
 
+def test_a_folder_without_a_run_is_followed_until_there_is_one(browser: Browser, tmp_path: Path) -> None:
+    browser.open("about:blank", waits=False)  # the page before asks for a server that has ended
+    server = LiveServer(tmp_path)
+    try:
+        browser.open(server.address)
+        assert "0 runs of 0" in browser.ask("document.getElementById('count').textContent")
+        growing(tmp_path / "runs" / "growing", tmp_path / ".source", 3)
+        browser.wait_for("document.getElementById('count').textContent.includes('1 run of 1')")
+        browser.wait_for("document.querySelector('#results tbody').textContent.includes('3 of 60')")
+        assert not browser.ask("document.getElementById('costs-none').hidden")
+        assert browser.complaints() == []
+    finally:
+        server.close()
+
+
 def test_nobody_else_is_answered(server: LiveServer) -> None:
     assert server.get("/")[0] == 200
     assert server.get("/", host="evil.example")[0] == 403

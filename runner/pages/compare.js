@@ -72,7 +72,7 @@
     choices(find("colour-key"), [["", "configuration"], ...byKey], "");
     choices(find("dash-key"), [["", "as colour"], ...byKey], "");
     const goals = Object.keys(GOALS).filter((goal) => runs.some((run) => run.reached[goal] !== null));
-    choices(find("goal"), goals.map((goal) => [goal, GOALS[goal]]), goals[0] ?? "best");
+    choices(find("goal"), (goals.length ? goals : ["best"]).map((goal) => [goal, GOALS[goal]]), goals[0] ?? "best");
     offerValues();
     broken();
   }
@@ -174,6 +174,7 @@
     for (const model of Page.models("ColumnDataSource")) {
       if (model.name?.startsWith("points-")) drawCosts(model.name.slice(7), model, find("goal").value);
     }
+    find("costs-none").hidden = Page.all(".costs figure").some((figure) => !figure.hidden);
   }
 
   function drawCurves(metric, axis) {
@@ -198,13 +199,16 @@
         add(marks, {x: point.x / unit, y: point.mean, colour, marker, size: 7 * size, alpha});
       }
     }
+    const count = lines.xs.length;
+    // A chart of nothing would have no ranges.
+    if (!count) add(lines, {xs: [0, 1], ys: [0, 1], colour: "black", dash: [], alpha: 0, label: "", n: 0, axis: label});
     Page.named("lines").data = lines;
     Page.named("bands").data = bands;
     Page.named("marks").data = marks;
     for (const model of Page.models("LinearAxis")) if (model.name === "x") model.axis_label = label;
     find("plot-curves").closest("figure").querySelector("h3").textContent = METRICS[metric];
     find("plot-curves").setAttribute("aria-label",
-      `Curves of ${METRICS[metric]} over ${label} for ${lines.xs.length} configurations. What they reached is in the table of results.`);
+      `Curves of ${METRICS[metric]} over ${label} for ${count} configurations. What they reached is in the table of results.`);
     Page.reach(0, longest / unit * 1.03 || 1, true);
   }
 
@@ -212,6 +216,9 @@
     const points = groups.map((group) => ({group, x: group.costs[key].mean, y: group.reached[goal].mean, sd: group.reached[goal].sd ?? 0}))
       .filter((point) => point.x !== null && point.y !== null);
     const {title, scale} = Page.page.costs[key];
+    const box = find(`plot-cost-${key}`);
+    box.closest("figure").hidden = unique(points.map((point) => point.x)).length < 2;
+    if (box.closest("figure").hidden) return;
     const columns = empty("x y low high colour alpha marker size label n shown_x shown_y cost goal");
     for (const {group, x, y, sd} of points) {
       const look = drawn(styles.get(group.id));
@@ -223,8 +230,6 @@
     Page.named(`front-${key}`).data = {x: front.map((point) => point.x / scale), y: front.map((point) => point.y)};
     const ticker = Page.named(`ticks-${key}`);
     if (ticker) ticker.ticks = Comparison.roundValues(points.map((point) => point.x / scale), key === "weight_bits");
-    const box = find(`plot-cost-${key}`);
-    box.closest("figure").hidden = unique(points.map((point) => point.x)).length < 2;
     box.setAttribute("aria-label", `${GOALS[goal]} against ${title} for ${points.length} configurations. `
       + `On the Pareto front: ${front.map((point) => point.group.label).join("; ") || "none"}. The numbers are in the table of results.`);
   }
@@ -260,7 +265,7 @@
     const sorted = [...group.runs].sort((a, b) => inOrder(a.seed, b.seed));
     const shown = sorted.slice(0, 12).flatMap((run) => [" ", element("a", {href: run.link,
       "aria-label": `${run.name}, ${run.state}`, title: `${run.name}: ${run.state}${run.reason ? `, ${run.reason}` : ""}`},
-      `${run.seed || "run"}${{done: "", running: " …"}[run.state] ?? ` (${run.state})`}`)]);
+      `${run.seed || "run"}${{done: "", running: "\u00a0…"}[run.state] ?? ` (${run.state})`}`)]);
     return sorted.length > 12 ? [...shown, ` and ${sorted.length - 12} more`] : shown.slice(1);
   }
 

@@ -89,6 +89,7 @@ def comparison_body(sheet: Sheet, costs: Iterable[Costs], subtitle: str) -> str:
 <div class="controls">{_select("goal", "Accuracy", ())}
 <span class="small quiet">A dotted line joins what nothing else beats at the same or a lower cost (the Pareto front).</span></div>
 <div class="even costs">{charts}</div>
+<p id="costs-none" hidden>What these configurations cost is the same for all, or not known yet.</p>
 {_table("results", "Results", "One row a configuration; mean ± standard deviation over seeds; a click on a heading sorts")}
 {_table("settings", "Differing keys", "Only the keys in which these configurations differ")}
 <p id="settings-none" hidden>These runs differ in nothing but the seed.</p>

@@ -62,7 +62,11 @@ def _cost_chart(sheet: Sheet, key: str, cost: Cost, known: "np.ndarray[Any, Any]
     front = ColumnDataSource({"x": [], "y": []}, name=f"front-{key}")
     plot.step("x", "y", source=front, mode="after", line_width=1.5, line_dash="dotted").tags = ["quiet"]
     columns = "x y low high colour marker size alpha label n shown_x shown_y cost goal".split()
-    points = ColumnDataSource({column: [] for column in columns}, name=f"points-{key}")
+    unseen = {"x": 1, "y": 0, "low": 0, "high": 0, "colour": "black", "marker": "circle", "alpha": 0, "size": 1}
+    rows: dict[str, Any] = {
+        column: [unseen.get(column, "")] for column in columns
+    }  # a chart of nothing would have no ranges
+    points = ColumnDataSource(rows, name=f"points-{key}")
     plot.segment("x", "low", "x", "high", source=points, line_color="colour", line_alpha="alpha", line_width=1.5)
     drawn = plot.scatter("x", "y", source=points, color="colour", marker="marker", alpha="alpha", size="size")
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=POINT_TIP))

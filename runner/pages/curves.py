@@ -282,7 +282,7 @@ def zoom_buttons() -> str:
     return f'<div class="buttons" role="group" aria-label="Zoom all charts">{buttons}</div>'
 
 
-def short_labels(names: Sequence[str], longest: int = 18) -> dict[str, str]:
+def short_labels(names: Sequence[str], longest: int = 21) -> dict[str, str]:
     """Names cut to what fits beside a chart, still different from each other.
 
     >>> short_labels(["conv1", "features.denseblock1.conv1", "features.denseblock2.conv1"], 12)
