@@ -10,8 +10,10 @@ from run_samples import LENET, make_run
 
 from runner.faults import ConfigError
 from runner.pages.command import dashboard
-from runner.pages.compare import write_comparison
-from runner.pages.entries import base_of, encoded, entry_of, points_for, settings_of
+from runner.pages.compare import SCRIPTS, add_rows, comparison_body, costs_in_words, write_comparison
+from runner.pages.entries import Entry, base_of, encoded, entry_of, points_for, settings_of
+from runner.pages.figures import Sheet
+from runner.pages.page import page, write_page
 from runner.pages.records import find_runs, read_run
 
 HOSTILE = '</script><img src=//x.example/i onerror="window.hit=1"><script>window.hit=1</script>\'"&{{7*7}}$$x^2$$=1'
@@ -199,19 +201,35 @@ def test_one_run_and_runs_that_differ_in_nothing(browser: Browser, tmp_path: Pat
     assert browser.complaints() == []
 
 
+def page_of(path: Path, entry: Entry, rows: list[Entry]) -> Path:
+    """The comparison of rows that differ from `entry` in a setting or two."""
+    sheet = Sheet({})
+    body = comparison_body(sheet, [entry["costs"]], "many")
+    add_rows(sheet, [encoded(row, entry["settings"]) for row in rows])
+    facts = {"base": entry["settings"], "costs": costs_in_words()}
+    return write_page(path, page("many", body, sheet.embed(**facts), SCRIPTS))
+
+
+def test_a_hundred_runs_of_two_hundred_epochs_make_a_page_of_a_few_megabytes(browser: Browser, tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "template", epochs=200, layers=LENET, drops=(80, 140)), health=False)
+    entry = entry_of(run, "x", points_for(100))
+    assert len(entry["curve"]["val_top1"]) == 200, "every epoch is in the page"
+    settings = [entry["settings"] | {"lr": str(index // 5), "seed": str(index % 5)} for index in range(100)]
+    path = page_of(
+        tmp_path / "hundred.html", entry, [entry | {"settings": own, "seed": own["seed"]} for own in settings]
+    )
+    assert path.stat().st_size < 10_000_000
+    browser.open(path)
+    assert browser.ask(f"{LINES}.xs.map(xs => xs.length)") == [200] * 20
+    assert [row[1] for row in browser.ask(TABLE)] == ["5"] * 20
+    assert browser.complaints() == []
+
+
 def test_thousands_of_configurations_are_listed_a_page_at_a_time(browser: Browser, tmp_path: Path) -> None:
     template = make_run(tmp_path / "template", epochs=2, layers=LENET, drops=())
     entry = entry_of(read_run(template), "x", 0)
-    from runner.pages.compare import SCRIPTS, add_rows, comparison_body, costs_in_words
-    from runner.pages.figures import Sheet
-    from runner.pages.page import page, write_page
-
-    sheet = Sheet({})
-    body = comparison_body(sheet, [entry["costs"]], "many")
     rows = [entry | {"settings": entry["settings"] | {"lr": str(index)}} for index in range(10_000)]
-    add_rows(sheet, [encoded(row, entry["settings"]) for row in rows])
-    facts = {"base": entry["settings"], "costs": costs_in_words()}
-    path = write_page(tmp_path / "many.html", page("many", body, sheet.embed(**facts), SCRIPTS))
+    path = page_of(tmp_path / "many.html", entry, rows)
     assert path.stat().st_size < 10_000_000
     browser.open(path)
     assert len(browser.ask(TABLE)) == 100

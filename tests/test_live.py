@@ -5,19 +5,22 @@ import json
 import math
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from browser import Browser
-from conftest import environment
+from conftest import Runner, environment
 from run_samples import LENET, make_run
 
 from runner.pages.dashboard import run_charts, run_parts
+from runner.pages.entries import identity
 from runner.pages.live_documents import news_of
 from runner.pages.records import read_run
 from runner.pages.watch import Watch
@@ -171,6 +174,37 @@ def test_a_folder_without_a_run_is_followed_until_there_is_one(browser: Browser,
         assert browser.complaints() == []
     finally:
         server.close()
+
+
+def test_a_run_opens_its_live_page_which_ends_after_it(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`trainer.dashboard=open`, with a browser that writes down what it is asked to open."""
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.part && mv {opened}.part {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    done = runner("trainer.dashboard=open", "dataset.limit=64", "epochs=1", "name=followed", timeout=110)
+    assert done.returncode == 0, done.stderr
+    wait_until(opened.exists)
+    address = urlsplit(opened.read_text().strip())
+    assert address.hostname == "127.0.0.1"
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert address.query == f"id={identity(folder)}", "the page of this run, not the list"
+    wait_until(lambda: not answers(address.port or 0))
+    assert (folder / "dashboard.html").is_file(), "the page to keep is written besides"
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_nobody_else_is_answered(server: LiveServer) -> None:
