@@ -80,7 +80,7 @@ def folder_of(outputs: Path) -> Path:
     return folder
 
 
-def wait_for_step(outputs: Path, step: int, patience: float = 60) -> None:
+def wait_for_step(outputs: Path, step: int, patience: float = 300) -> None:
     """Until a checkpoint of that step, or a later one, is committed."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
