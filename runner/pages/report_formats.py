@@ -62,7 +62,11 @@ def html(report: Report, pictures_in: str | None) -> str:
     parts = [f'<div class="results">{_html_table(each)}</div>' for each in _of_runs(report)]
     parts += ["<h2>What the numbers say</h2>"] if report.discussion else []
     parts += [f"<p>{text(paragraph)}</p>" for paragraph in report.discussion]
-    figures = "".join(f"<figure>{p.svg}<figcaption>{text(p.caption)}</figcaption></figure>" for p in report.pictures)
+    figures = "".join(
+        f'<figure><div class="picture" tabindex="0" role="region" aria-label="{text(p.name)}">{p.svg}</div>'
+        f"<figcaption>{text(p.caption)}</figcaption></figure>"
+        for p in report.pictures
+    )
     parts.append(f'<h2>Figures</h2><div class="pictures">{figures}</div>' if figures else "")
     if report.holes:
         parts.append("<h2>Not run</h2><ul>" + "".join(f"<li>{text(hole)}</li>" for hole in report.holes) + "</ul>")
