@@ -128,7 +128,7 @@ class TrainerConfig(Strict):
     accumulate: PositiveInt
     ema: Annotated[float, Gt(0), Lt(1)] | None
     device: Literal["auto", "cpu", "cuda"]
-    threads: PositiveInt | None
+    threads: Annotated[int, Interval(ge=1, le=256)] | None  # where no processor has so many, libgomp ends the process
     amp: Literal["none", "bf16", "fp16"]
     compile: bool
     channels_last: bool

@@ -74,6 +74,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("trainer__grad_clip", INF, "finite"),
     ("trainer__ema", 1.0, "less than 1"),
     ("trainer__accumulate", 0, "greater than or equal to 1"),
+    ("trainer__threads", 4785, "less than or equal to 256"),
     ("trainer__compile", 1, "valid boolean"),
     ("trainer__amp", "fp8", "'none', 'bf16' or 'fp16'"),
     ("trainer__device", "gpu", "'auto', 'cpu' or 'cuda'"),
