@@ -146,6 +146,20 @@ def test_a_followed_page_shows_what_one_that_is_opened_now_shows(tmp_path: Path)
     assert news_of(read_run(tmp_path / "other"), sheet, parts)["part"] == ["reload"], "its phases are new to this page"
 
 
+def test_a_regime_of_many_phases_is_followed_through_all_of_them(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(n), epochs=n, layers=LENET, drops=(2, 4, 6, 8)) for n in (6, 8, 10)]
+    *_, sheet = run_charts(read_run(folders[0]))
+    sheet.draw()
+    names = [model.name for model in sheet.document.models if model.name in sheet.moving]
+    assert sorted(names) == sorted(set(names)), "what moves is found by its name"
+    assert {"phases", "shaded", "points", "marks accuracy:val_top1"} <= set(names)
+    for phases, folder in enumerate(folders[1:], 4):
+        run = read_run(folder)
+        assert news_of(run, sheet, run_parts(run))["part"] == ["facts"]
+        assert len(sheet.document.get_model_by_name("phases").data["left"]) == phases
+        assert sheet.document.get_model_by_name("shaded").indices == list(range(1, phases, 2))
+
+
 def test_the_list_of_runs_follows_too_and_names_what_is_broken(
     browser: Browser, server: LiveServer, runs: Path
 ) -> None:

@@ -109,7 +109,7 @@ class Curves:
             )
             marks = f"marks {panel.key}:{series.column}"
             dots = plot.scatter(
-                "x", series.column, source=points, view=CDSView(filter=sheet.filter(marks)),
+                "x", series.column, source=points, view=CDSView(filter=sheet.filters[marks]),
                 marker=series.marker, size=7, muted_alpha=0.12,
             )  # fmt: skip
             line.tags = dots.tags = [series.colour, f"{panel.key}:{series.column}"]
@@ -198,7 +198,7 @@ def keep_phases(sheet: Sheet, phases: pd.DataFrame) -> None:
 
 def _mark_phases(plot: figure, sheet: Sheet, names: Literal["above", "below"] | None) -> None:
     phases = sheet.sources["phases"]
-    shaded = CDSView(filter=sheet.filter("shaded"))
+    shaded = CDSView(filter=sheet.filters["shaded"])
     band = plot.vstrip("left", "right", source=phases, view=shaded, line_alpha=0, level="underlay")
     band.tags = ["band"]
     border = plot.vspan("left", source=phases, line_dash="dotted", level="underlay")

@@ -68,9 +68,10 @@ class Sheet:
     def sources(self) -> dict[str, ColumnDataSource]:
         return {name: ColumnDataSource(name=name, **found) for name, found in self.moving.items() if "data" in found}
 
-    def filter(self, name: str) -> IndexFilter:
+    @cached_property
+    def filters(self) -> dict[str, IndexFilter]:
         """The points that are shown of a table."""
-        return IndexFilter(name=name, **self.moving[name])
+        return {name: IndexFilter(name=name, **found) for name, found in self.moving.items() if "indices" in found}
 
     def keep(self, name: str, table: pd.DataFrame) -> None:
         """Take up a table with positions x (or left, right) that page.js fills from x_<axis>."""
