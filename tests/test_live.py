@@ -1,5 +1,6 @@
 """Live pages: they follow what is written, keep where one looks, and answer nobody else."""
 
+import gc
 import http.client
 import json
 import math
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,7 +24,7 @@ from run_samples import LENET, make_run
 from runner.pages.dashboard import run_charts, run_parts
 from runner.pages.entries import identity
 from runner.pages.live_documents import news_of
-from runner.pages.records import read_run
+from runner.pages.records import Memory, read_run
 from runner.pages.watch import Watch
 
 PATIENCE = 60.0
@@ -292,6 +294,31 @@ def test_memory_and_time_stay_bounded(browser: Browser, server: LiveServer, runs
     idle = server.cpu_seconds
     time.sleep(3)
     assert server.cpu_seconds - idle < 0.5, "who follows nothing new does next to nothing"
+
+
+def test_what_follows_a_run_keeps_nothing_of_looks_that_are_over(tmp_path: Path) -> None:
+    """Many looks, without the waiting in between, at a run that grows and is cut back, as one that is resumed."""
+    growing(tmp_path / "runs" / "run", tmp_path / "source", 5)
+    watch, memory = Watch([tmp_path / "runs"]), Memory()
+    run = read_run(tmp_path / "runs" / "run", memory=memory)
+    *_, sheet = run_charts(run)
+    sheet.draw()
+    parts = run_parts(run)
+
+    def look(times: int) -> int:
+        for turn in range(times):
+            grow(tmp_path / "runs" / "run", tmp_path / "source", 20 + turn % 30)
+            watch.refresh(PATIENCE)
+            news_of(read_run(tmp_path / "runs" / "run", memory=memory), sheet, parts)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = look(31)
+        assert look(90) - before < 300_000
+    finally:
+        tracemalloc.stop()
 
 
 def _heap(browser: Browser) -> int:
