@@ -1,6 +1,7 @@
 """What a second core brings, on a machine that is left alone: python -m tests.scaling [TURNS]
 
 ranks     images/s of ResNet-18 on 2 ranks (a core each) over 1 rank on 1 core, 64 images a rank
+apart     the same of two trainings that have nothing to do with each other: more than that, no two ranks can reach here
 jobs      seconds of 4 jobs through joblib with 2 workers over those of the same jobs one by one
 
 A row a turn goes to the terminal and to outputs/published/scaling.csv.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,7 @@ JOB = [
     "dataset.size=28",
     "dataset.channels=1",
     "dataset.samples=6000",
-    "epochs=2",
+    "epochs=5",
 ]
 
 
@@ -68,6 +70,15 @@ def ranks(root: Path) -> tuple[float, float]:
     return images_per_s(root / "1"), images_per_s(root / "2")
 
 
+def apart(root: Path) -> tuple[float, float]:
+    """Images/s of one training alone, and of two at once, a core each."""
+    words = ["-m", "runner", *RESNET, "dataset.samples=392", "batch_size=64"]
+    run(words, root / "alone", "0")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda core: run(words, root / core, core), "01"))
+    return images_per_s(root / "alone"), images_per_s(root / "0") + images_per_s(root / "1")
+
+
 def jobs(root: Path) -> tuple[float, float]:
     """Seconds one by one, and two at a time."""
     words = ["-m", "runner", "-m", *JOB, "seeds=4"]
@@ -79,7 +90,7 @@ def jobs(root: Path) -> tuple[float, float]:
 def main(turns: int) -> None:
     rows = []
     for turn in range(turns):
-        for what, measure in (("ranks", ranks), ("jobs", jobs)):
+        for what, measure in (("ranks", ranks), ("apart", apart), ("jobs", jobs)):
             with tempfile.TemporaryDirectory() as folder:
                 one, two = measure(Path(folder))
             rows.append(

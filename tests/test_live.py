@@ -338,6 +338,21 @@ def test_ten_thousand_folders_are_found_at_once_and_read_bit_by_bit(tmp_path: Pa
         assert sum(bool(run.row) for run in watch.runs.values()) == read
 
 
+def test_finished_runs_are_listed_by_their_summaries_before_they_are_read(tmp_path: Path) -> None:
+    for index in range(6):
+        make_run(tmp_path / f"r{index}", epochs=2, layers=LENET, drops=())
+    watch = Watch([tmp_path])
+    watch.refresh(0)
+    first = [json.loads(run.row) for run in watch.runs.values()]
+    assert sum(bool(run.stamp) for run in watch.runs.values()) == 1, "one was read"
+    assert [row["name"] for row in first] == [read_run(run.folder).name for run in watch.runs.values()]
+    assert sum("run" in row["settings"] for row in first) == 5, "the others stand alone until they are"
+    watch.refresh(PATIENCE)
+    last = [json.loads(run.row) for run in watch.runs.values()]
+    assert not any("run" in row["settings"] for row in last)
+    assert [row["reached"] for row in first] == [row["reached"] for row in last]
+
+
 def test_what_vanishes_and_what_changes(tmp_path: Path) -> None:
     make_run(tmp_path / "a", epochs=2, layers=LENET, drops=())
     make_run(tmp_path / "b", epochs=2, layers=LENET, drops=())

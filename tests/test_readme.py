@@ -1,6 +1,7 @@
 """The README says what the files say: its table is made from the published rows, its choices are the ones there are."""
 
 import csv
+import json
 import math
 import re
 from pathlib import Path
@@ -147,6 +148,7 @@ def test_the_first_screen_says_what_the_rows_say() -> None:
     conv = next(row for row in rows_of("bench_conv.csv") if row["figure"] == "quoted")
     larq = next(row for row in rows_of("bench_peers.csv") if row["name"].startswith("larq"))
     packed = [f"{(group.mean('packed_bytes') or 0) / 1024:,.0f} KiB" for group in (binary, floats)]
+    kills = json.loads((ROOT / "tests" / "torture" / "figures.json").read_text(encoding="utf-8"))["kills"]
     stages = [float(step["xnor recompute=stages"][key]) for key in ("saved", "time")]
     for line in (
         f"10 epochs, n = {len(binary.rows)} | {reached[0]} % | float {reached[1]} %; XNOR-Net-PyTorch 99.23 % after 60",
@@ -155,6 +157,7 @@ def test_the_first_screen_says_what_the_rows_say() -> None:
         f"| {float(conv['kernel_speedup']):.1f} times as fast as float32 "
         f"| Larq Compute Engine takes {float(larq['ours_over_it']):.0f} times as long |",
         f"| LeNet-5 on disk | {packed[0]} | float {packed[1]} |",
+        f"| `kill -9`, {kills['kills']:,} times at random moments | {kills['identical']:,} of {kills['runs']:,} runs end",
     ):
         assert line in README
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from runner.pages.page import number
@@ -46,6 +47,7 @@ COSTS = {
 }
 Entry = dict[str, Any]
 Costs = dict[str, float | None]
+Column = npt.NDArray[np.float64]
 
 
 def identity(folder: Path) -> str:
@@ -86,6 +88,12 @@ def encoded(entry: Entry, base: dict[str, str]) -> str:
     return json.dumps(entry | {"settings": differing}, separators=(",", ":"), allow_nan=False)
 
 
+def brief_of(run: Run, link: str, base: dict[str, str]) -> Entry:
+    """The row of a run of which only the summary was read: it stands alone until its settings are known."""
+    entry = entry_of(run, link, 0)
+    return entry | {"seed": str(run.summary.get("seed", "")), "settings": base | entry["settings"] | {"run": run.name}}
+
+
 def entry_of(run: Run, link: str, points: int) -> Entry:
     """The row of a run with all of its settings; `points` is how many points a curve may have."""
     metrics, summary = run.metrics, run.summary
@@ -100,11 +108,11 @@ def entry_of(run: Run, link: str, points: int) -> Entry:
         "updated": str(run.status.get("updated") or ""),
         "seed": settings.get("seed", ""),
         "settings": settings,
-        "epochs": number(metrics["epoch"].max() + 1) if len(metrics) else 0,
+        "epochs": number(_largest(metrics["epoch"]) + 1) if len(metrics) else 0,
         "planned": number(run.status.get("epochs", summary.get("epochs"))),
         "reached": {
             "test": number(summary.get("test_top1")),
-            "best": _rounded(metrics["val_top1"].max() if len(metrics) else summary.get("best_val_top1")),
+            "best": _rounded(_largest(metrics["val_top1"]) if len(metrics) else summary.get("best_val_top1")),
             "last": _rounded(metrics["val_top1"].iloc[-1] if len(metrics) else summary.get("final_val_top1")),
         },
         "costs": _costs(run),
@@ -120,53 +128,66 @@ def points_for(runs: int) -> int:
 def _costs(run: Run) -> Costs:
     summary, timing, layers = run.summary, run.timing, run.layers
     macs = summary.get("macs")
-    seconds = timing["seconds"].median() if len(timing) else None
+    seconds = timing["seconds"].to_numpy()
     return {
         "weight_bits": _rounded(_weight_bits(layers)),
         "packed_bytes": number(summary.get("packed_bytes")),
         "bit_operations": _rounded(_bit_operations(layers)),
         "float_macs": number(macs.get("float")) if isinstance(macs, dict) else None,
-        "saved_bytes": number(summary.get("saved_bytes_per_sample", _largest(timing, "saved_bytes_per_sample"))),
-        "peak_memory": number(summary.get("peak_memory_bytes", _largest(timing, "peak_memory_bytes"))),
-        "epoch_seconds": _rounded(seconds),
+        "saved_bytes": number(summary.get("saved_bytes_per_sample", _largest(timing["saved_bytes_per_sample"]))),
+        "peak_memory": number(summary.get("peak_memory_bytes", _largest(timing["peak_memory_bytes"]))),
+        "epoch_seconds": _rounded(np.median(seconds[~np.isnan(seconds)])) if np.isfinite(seconds).any() else None,
     }
 
 
-def _largest(timing: pd.DataFrame, column: str) -> float | None:
-    return float(timing[column].max()) if timing[column].notna().any() else None
+# Below, columns are plain arrays: with ten thousand runs, what pandas does around a sum takes minutes.
+
+
+def _columns(table: pd.DataFrame, *names: str) -> list[Column]:
+    """Columns of a table, of the rows in which none of them is missing."""
+    columns = np.stack([table[name].to_numpy(np.float64) for name in names])
+    return list(columns[:, ~np.isnan(columns).any(axis=0)])
+
+
+def _largest(column: "pd.Series[float]") -> float:
+    """The largest number of a column; NaN where it has none."""
+    values = column.to_numpy(np.float64)
+    return float(np.nanmax(values)) if np.isfinite(values).any() else math.nan
 
 
 def _weight_bits(layers: pd.DataFrame) -> float | None:
     """Bits a parameter, on average over the layers."""
-    known = layers.dropna(subset=["weight_bits", "parameters"])
-    total = known["parameters"].sum()
-    return float((known["weight_bits"] * known["parameters"]).sum() / total) if total else None
+    bits, parameters = _columns(layers, "weight_bits", "parameters")
+    return float(bits @ parameters / parameters.sum()) if parameters.sum() else None
 
 
 def _bit_operations(layers: pd.DataFrame) -> float | None:
     """MACs times weight bits times activation bits: what a product costs in hardware that is as wide as it has to be."""
-    known = layers.dropna(subset=["weight_bits", "act_bits", "macs"])
-    if known.empty:
-        return None
-    return float((known["weight_bits"] * known["act_bits"] * known["macs"]).sum())
+    bits, act_bits, macs = _columns(layers, "weight_bits", "act_bits", "macs")
+    return float((bits * act_bits * macs).sum()) if len(macs) else None
 
 
 def _curve(run: Run, points: int) -> dict[str, list[float | None]]:
     """Every 2^k-th epoch and the last: runs of different lengths keep epochs in common."""
-    metrics = run.metrics.dropna(subset=["epoch"])
-    if metrics.empty:
+    known = ~np.isnan(run.metrics["epoch"].to_numpy(np.float64))
+    if not known.any():
         return {}
-    beside = run.timing[["epoch", "seconds", "eval_seconds"]].drop_duplicates("epoch", keep="last")
-    rows = metrics.merge(beside, on="epoch", how="left")
-    rows["time"] = (rows["seconds"] + rows["eval_seconds"].fillna(0)).cumsum()
-    stride = 2 ** max(0, math.ceil(math.log2(len(rows) / points)))
-    rows = rows[((rows["epoch"] + 1) % stride == 0) | (rows.index == 0) | (rows.index == len(rows) - 1)]
-    rows = rows.assign(epoch=rows["epoch"] + 1)  # a row speaks of the end of its epoch
-    return {name: _numbers(rows[name]) for name in ("epoch", "step", "time", *CURVES) if rows[name].notna().any()}
+    rows = {name: run.metrics[name].to_numpy(np.float64)[known] for name in ("epoch", "step", *CURVES)}
+    rows["time"] = _time_of(run.timing, rows["epoch"])
+    places, count = np.arange(known.sum()), known.sum()
+    stride = 2 ** max(0, math.ceil(math.log2(count / points)))
+    kept = ((rows["epoch"] + 1) % stride == 0) | (places == 0) | (places == count - 1)
+    rows["epoch"] = rows["epoch"] + 1  # a row speaks of the end of its epoch
+    shown = {name: rows[name][kept] for name in ("epoch", "step", "time", *CURVES)}
+    return {name: [_rounded(value) for value in column] for name, column in shown.items() if not np.isnan(column).all()}
 
 
-def _numbers(column: "pd.Series[float]") -> list[float | None]:
-    return [_rounded(value) for value in column.to_numpy(dtype=np.float64)]
+def _time_of(timing: pd.DataFrame, epochs: Column) -> Column:
+    """Seconds from the start of the run to the end of each epoch; of an epoch told twice, the last row counts."""
+    trained, evaluated = (timing[name].to_numpy(np.float64) for name in ("seconds", "eval_seconds"))
+    taken = dict(zip(timing["epoch"].to_numpy(np.float64), trained + np.nan_to_num(evaluated), strict=True))
+    seconds = np.array([taken.get(epoch, math.nan) for epoch in epochs])
+    return np.where(np.isnan(seconds), math.nan, np.nancumsum(seconds))
 
 
 def _rounded(value: object) -> float | None:

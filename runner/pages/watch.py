@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.pages.entries import Costs, base_of, encoded, entry_of, identity, points_for, settings_of
-from runner.pages.records import RUN_FILES, Memory, find_runs, read_run
+from runner.pages.entries import Costs, Entry, base_of, brief_of, encoded, entry_of, identity, points_for, settings_of
+from runner.pages.records import RUN_FILES, Memory, find_runs, read_brief, read_run
 
 LEISURE = 20  # a search of all folders pauses for that many times as long as it took
 SETTLED = {"done", "failed", "diverged", "preempted", "broken"}
@@ -41,6 +41,7 @@ class Watch:
         self.base: dict[str, str] = {}
         self._next_search = 0.0
         self._pending: list[Followed] = []
+        self._new: list[Followed] = []
 
     def refresh(self, patience: float = 0.5) -> None:
         """Look for changes; what takes longer than `patience` seconds goes on at the next call."""
@@ -51,7 +52,9 @@ class Watch:
         elif not self._pending:
             self._pending = [run for run in self.runs.values() if run.state not in SETTLED]
         if not self.base:
-            self.base = base_of(settings_of(read_run(run.folder, health=False)) for run in self._pending[-200:])
+            self.base = base_of(settings_of(read_run(run.folder, health=False)) for run in self._pending[-50:])
+        while self._new:
+            self._glance(self._new.pop())
         while self._pending:  # one at least: a machine too busy for anything else gets there, too
             self._read(self._pending.pop())
             if time.monotonic() - start >= patience:
@@ -71,9 +74,16 @@ class Watch:
         self.places += bool(gone)
         for key, folder in found.items():
             if key not in self.runs:
-                self.runs[key] = Followed(folder)
+                self._new.append(Followed(folder))
+                self.runs[key] = self._new[-1]
                 self.places += 1
         self._pending = list(self.runs.values())[::-1]
+
+    def _glance(self, followed: Followed) -> None:
+        """A row from the summary alone, so that ten thousand runs are listed at once."""
+        run = read_brief(followed.folder)
+        if run is not None:
+            self._keep(followed, brief_of(run, self._link + identity(followed.folder), self.base))
 
     def _read(self, followed: Followed) -> None:
         stamp = _stamp(followed.folder)
@@ -81,11 +91,15 @@ class Watch:
             return
         run = read_run(followed.folder, health=False, memory=followed.memory)
         entry = entry_of(run, self._link + identity(followed.folder), points_for(len(self.runs)))
-        self.version += 1
-        followed.stamp, followed.version = stamp, self.version
-        followed.row, followed.state, followed.costs = encoded(entry, self.base), entry["state"], entry["costs"]
+        followed.stamp = stamp
+        self._keep(followed, entry)
         if followed.state in SETTLED:
             followed.memory.clear()
+
+    def _keep(self, followed: Followed, entry: Entry) -> None:
+        self.version += 1
+        followed.version = self.version
+        followed.row, followed.state, followed.costs = encoded(entry, self.base), entry["state"], entry["costs"]
 
 
 def _stamp(folder: Path) -> Stamp:
