@@ -33,7 +33,7 @@ from runner.screen import Screen
 from runner.signals import StopRequest
 from runner.teacher import teacher_of
 
-SHARE_OF_TIME = 0.02  # what saving may cost where no interval is given
+SHARE_OF_TIME = 0.01  # what saving may cost where no interval is given; the next one may take twice as long as the last
 SHORTEST_PAUSE = 1.0  # seconds between two checkpoints, at least, where no interval is given
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from runner.columns import SCAN
@@ -19,6 +20,7 @@ KINDS = {
     "step": {"time_low", "saved", "peak"},
     "peers": {"rate", "ours_over_it"},
     "model": {"packed, us", "float32, us"},
+    "scaling": {"what", "turn", "one", "two", "ratio"},
 }
 Record = dict[str, Any]  # kind, name, rows, and facts where they are known
 
@@ -75,8 +77,18 @@ def record_tables(record: Record) -> Iterable[Table]:
             [r["name"], r["shape"], f"{r['rate']:.0f}", f"{r['ours']:.0f}", f"{r['ours_over_it']:.1f}"] for r in rows
         ]
         yield Table(name, headings, lines)
+    elif record["kind"] == "scaling":
+        headings = ["what", "turns", "alone or one by one", "two at once", "ratio, median [least, most]"]
+        yield Table(name, headings, [_scaling_line(what, rows) for what in dict.fromkeys(row["what"] for row in rows)])
     elif quoted := [row for row in rows if record["kind"] == "conv" and row["figure"] == "quoted"]:
         yield _conv_table(name, quoted)
+
+
+def _scaling_line(what: str, rows: Sequence[Record]) -> list[str]:
+    turns = [row for row in rows if row["what"] == what]
+    one, two = (f"{median(row[key] for row in turns):.1f}" for key in ("one", "two"))
+    ratios = sorted(row["ratio"] for row in turns)
+    return [what, str(len(turns)), one, two, f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"]
 
 
 def scan_figures(rows: Sequence[Record]) -> dict[str, list[Record]]:
