@@ -48,6 +48,7 @@ COSTS = {
 Entry = dict[str, Any]
 Costs = dict[str, float | None]
 Column = npt.NDArray[np.float64]
+NOTHING: Column = np.empty(0)
 
 
 def identity(folder: Path) -> str:
@@ -108,11 +109,11 @@ def entry_of(run: Run, link: str, points: int) -> Entry:
         "updated": str(run.status.get("updated") or ""),
         "seed": settings.get("seed", ""),
         "settings": settings,
-        "epochs": number(_largest(metrics["epoch"]) + 1) if len(metrics) else 0,
+        "epochs": number(_largest(metrics, "epoch") + 1) if len(metrics) else 0,
         "planned": number(run.status.get("epochs", summary.get("epochs"))),
         "reached": {
             "test": number(summary.get("test_top1")),
-            "best": _rounded(_largest(metrics["val_top1"]) if len(metrics) else summary.get("best_val_top1")),
+            "best": _rounded(_largest(metrics, "val_top1") if len(metrics) else summary.get("best_val_top1")),
             "last": _rounded(metrics["val_top1"].iloc[-1] if len(metrics) else summary.get("final_val_top1")),
         },
         "costs": _costs(run),
@@ -128,14 +129,14 @@ def points_for(runs: int) -> int:
 def _costs(run: Run) -> Costs:
     summary, timing, layers = run.summary, run.timing, run.layers
     macs = summary.get("macs")
-    seconds = timing["seconds"].to_numpy()
+    seconds = _column(timing, "seconds")
     return {
         "weight_bits": _rounded(_weight_bits(layers)),
         "packed_bytes": number(summary.get("packed_bytes")),
         "bit_operations": _rounded(_bit_operations(layers)),
         "float_macs": number(macs.get("float")) if isinstance(macs, dict) else None,
-        "saved_bytes": number(summary.get("saved_bytes_per_sample", _largest(timing["saved_bytes_per_sample"]))),
-        "peak_memory": number(summary.get("peak_memory_bytes", _largest(timing["peak_memory_bytes"]))),
+        "saved_bytes": number(summary.get("saved_bytes_per_sample", _largest(timing, "saved_bytes_per_sample"))),
+        "peak_memory": number(summary.get("peak_memory_bytes", _largest(timing, "peak_memory_bytes"))),
         "epoch_seconds": _rounded(np.median(seconds[~np.isnan(seconds)])) if np.isfinite(seconds).any() else None,
     }
 
@@ -143,15 +144,19 @@ def _costs(run: Run) -> Costs:
 # Below, columns are plain arrays: with ten thousand runs, what pandas does around a sum takes minutes.
 
 
+def _column(table: pd.DataFrame, name: str) -> Column:
+    return table[name].to_numpy(np.float64) if len(table) else NOTHING
+
+
 def _columns(table: pd.DataFrame, *names: str) -> list[Column]:
     """Columns of a table, of the rows in which none of them is missing."""
-    columns = np.stack([table[name].to_numpy(np.float64) for name in names])
+    columns = np.stack([_column(table, name) for name in names])
     return list(columns[:, ~np.isnan(columns).any(axis=0)])
 
 
-def _largest(column: "pd.Series[float]") -> float:
+def _largest(table: pd.DataFrame, name: str) -> float:
     """The largest number of a column; NaN where it has none."""
-    values = column.to_numpy(np.float64)
+    values = _column(table, name)
     return float(np.nanmax(values)) if np.isfinite(values).any() else math.nan
 
 
@@ -169,10 +174,10 @@ def _bit_operations(layers: pd.DataFrame) -> float | None:
 
 def _curve(run: Run, points: int) -> dict[str, list[float | None]]:
     """Every 2^k-th epoch and the last: runs of different lengths keep epochs in common."""
-    known = ~np.isnan(run.metrics["epoch"].to_numpy(np.float64))
+    known = ~np.isnan(_column(run.metrics, "epoch"))
     if not known.any():
         return {}
-    rows = {name: run.metrics[name].to_numpy(np.float64)[known] for name in ("epoch", "step", *CURVES)}
+    rows = {name: _column(run.metrics, name)[known] for name in ("epoch", "step", *CURVES)}
     rows["time"] = _time_of(run.timing, rows["epoch"])
     places, count = np.arange(known.sum()), known.sum()
     stride = 2 ** max(0, math.ceil(math.log2(count / points)))
@@ -184,8 +189,8 @@ def _curve(run: Run, points: int) -> dict[str, list[float | None]]:
 
 def _time_of(timing: pd.DataFrame, epochs: Column) -> Column:
     """Seconds from the start of the run to the end of each epoch; of an epoch told twice, the last row counts."""
-    trained, evaluated = (timing[name].to_numpy(np.float64) for name in ("seconds", "eval_seconds"))
-    taken = dict(zip(timing["epoch"].to_numpy(np.float64), trained + np.nan_to_num(evaluated), strict=True))
+    trained, evaluated = (_column(timing, name) for name in ("seconds", "eval_seconds"))
+    taken = dict(zip(_column(timing, "epoch"), trained + np.nan_to_num(evaluated), strict=True))
     seconds = np.array([taken.get(epoch, math.nan) for epoch in epochs])
     return np.where(np.isnan(seconds), math.nan, np.nancumsum(seconds))
 
