@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 
@@ -63,6 +64,13 @@ class MissingInput(RunnerError):
     """Something that has to be there is not: a data set, a checkpoint."""
 
     code = Exit.NO_INPUT
+
+
+def refuse_missing(named: str, key: str = "") -> None:
+    """Raise MissingInput where nothing lies at the path that was named for a stored model."""
+    if not Path(named).exists():
+        place = f"{key}: {named}" if key else named
+        raise MissingInput(f"{place}: no such file or folder; give a run folder, a checkpoint or a weights file")
 
 
 class BadData(RunnerError):

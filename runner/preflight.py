@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from runner.build import build, phases_of, regularizer_of, watch
 from runner.dataset_files import shape
 from runner.faults import ConfigError, Fault
+from runner.regime import data_setting_at
 from runner.schema import DataPhase, RunConfig
 
 
@@ -32,9 +33,9 @@ def refuse_unfit_images(model: nn.Module, phases: Sequence[DataPhase], channels:
     """
     sizes: dict[int, bool] = {}  # whether a batch of one is wanted
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for phase in phases:
-        size = phase.input_size or side
-        sizes[size] = sizes.get(size, False) or phase.batch_size == 1
+    for setting in (data_setting_at(phases, phase.epoch) for phase in phases):
+        size = setting["input_size"] or side
+        sizes[size] = sizes.get(size, False) or setting["batch_size"] == 1
     for size, alone in sizes.items():
         with _norms_of_one_value(model) as norms:
             try:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from runner.config import config_hash, flat
 from runner.data import Data, load
 from runner.distributed import Share, World, seed_rank
 from runner.environment import differences, environment
-from runner.faults import BadData, ConfigError, Diverged, Fault, MissingInput, Preempted
+from runner.faults import BadData, ConfigError, Diverged, Fault, Preempted, refuse_missing
 from runner.folder import RunFolder
 from runner.health import codes_of
 from runner.hoard import Hoard
@@ -54,15 +53,6 @@ class Progress:
     grad_norms: dict[str, float] = field(default_factory=dict)
 
 
-def _refuse_missing(config: RunConfig) -> None:
-    """Weights that are named and not there are told before any data is read."""
-    for key, named in (("pretrained", config.pretrained), ("distill", config.distill)):
-        if named is not None and not Path(named).exists():
-            raise MissingInput(
-                f"{key}: {named}: no such file or folder; give a run folder, a checkpoint or a weights file"
-            )
-
-
 class Run:
     """A training with everything that belongs to it. `fit` in runner/train.py drives it."""
 
@@ -77,7 +67,9 @@ class Run:
     ) -> None:
         self.config, self.folder, self.screen, self.stop, self.device = config, folder, screen, stop, device
         self.world = world or World()
-        _refuse_missing(config)
+        for key, named in (("pretrained", config.pretrained), ("distill", config.distill)):
+            if named is not None:  # told before any data is read
+                refuse_missing(named, key)
         with self.world.in_turn(
             careful=config.dataset.cache is not None or bool(config.dataset.arguments.get("download"))
         ):

@@ -108,15 +108,19 @@ class _Watching(_MultiProcessingDataLoaderIter):
 
     def _try_get_data(self, timeout: float = LOOK_EVERY) -> tuple[bool, Any]:
         look: Callable[..., tuple[bool, Any]] = super()._try_get_data
-        found, data = look(min(timeout, LOOK_EVERY))
-        while not found and (timeout := timeout - LOOK_EVERY) > 0:
+        while True:
             found, data = look(min(timeout, LOOK_EVERY))
-        return found, data
+            timeout -= LOOK_EVERY
+            if found or timeout <= 0:
+                return found, data
 
 
 class _Loader(DataLoader[Reply]):
     def _get_iterator(self) -> _BaseDataLoaderIter:
-        return _Watching(self) if self.num_workers else super()._get_iterator()
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        return _Watching(self)
 
 
 class Stream:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runner.compose import Composition, checked, compose_words, config_from, keys_of, split_options
 from runner.dataset_files import train_samples
-from runner.faults import ConfigError, Exit, Fault, MissingInput, Preempted
+from runner.faults import ConfigError, Exit, Fault, Preempted, refuse_missing
 from runner.folder import done_already, run_path
 from runner.ranks import Place, folder_for
 from runner.regime import timeline
@@ -39,7 +39,7 @@ def train(words: Sequence[str]) -> int:
         blamed = stop.blame(error)
         if isinstance(blamed, Preempted):
             folder.status("preempted", int(blamed.code), str(blamed))
-        raise blamed from error
+        raise blamed from (None if blamed is error else error)
     train_run(config, folder, stop)
     return int(Exit.DONE)
 
@@ -54,8 +54,7 @@ def _evaluate(overrides: Sequence[str], composition: Composition) -> int:
     given = composition.raw.get("checkpoint")
     if composition.faults or not isinstance(given, str) or not given:
         checked(composition)  # raises: all faults, before torch is loaded
-    if not Path(str(given)).exists():
-        raise MissingInput(f"{given}: no such file or folder; give a run folder, a checkpoint or a weights file")
+    refuse_missing(str(given))
     from runner.evaluate import evaluate_stored
 
     evaluate_stored(composition.raw, keys_of(overrides))

@@ -19,19 +19,6 @@ MISFITS = {
     "classifier": ["classifier=fixed"],
     "regularizer": ["quant=dorefa", "regularizer=rounding_margin"],
     "regime": ["regime=model"],
-}
-
-
-@pytest.mark.parametrize("section", MISFITS)
-def test_what_does_not_go_together_is_refused_before_data_is_read(
-    section: str, tmp_path: Path, own_signals: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("runner.run.load", lambda *_, **__: pytest.fail("data was read"))
-    with pytest.raises(ConfigError, match=section):
-        train(config_from([*SMALL, *QUIET, *MISFITS[section], f"outputs={tmp_path}"]))
-
-
-UNFIT = {
     "batch_size: 1: .* one value has no variance": ["quant=xnor", "batch_size=1"],
     "input_size: 4: the network cannot take images of 4 x 4": [
         "data_regime.phases=[{epoch:0,input_size:4,batch_size:8}]"
@@ -39,13 +26,13 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("message", UNFIT)
-def test_images_that_the_network_cannot_take_are_refused_before_data_is_read(
+@pytest.mark.parametrize("message", MISFITS)
+def test_what_does_not_go_together_is_refused_before_data_is_read(
     message: str, tmp_path: Path, own_signals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.run.load", lambda *_, **__: pytest.fail("data was read"))
     with pytest.raises(ConfigError, match=message):
-        train(config_from([*SMALL, *QUIET, *UNFIT[message], f"outputs={tmp_path}"]))
+        train(config_from([*SMALL, *QUIET, *MISFITS[message], f"outputs={tmp_path}"]))
 
 
 def test_asking_first_changes_no_random_number(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ which imitates low precision in floats, is measured besides. `n`: turns; `memory
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from runner.compose import split_options
-from runner.faults import ConfigError, Exit, Fault, MissingInput
+from runner.faults import ConfigError, Exit, Fault, refuse_missing
 
 USUAL = ("model=resnet18", "quant=xnor", "dataset=synthetic")
 OWN = {"n": "9", "batch": "1,64", "threads": "1", "memory": "true"}
@@ -58,8 +57,8 @@ def plan_of(words: Sequence[str]) -> Plan:
         raise ConfigError(faults)
     keys = {word.partition("=")[0]: word.partition("=")[2] for word in rest}
     given = keys.get("checkpoint")
-    if given is not None and not Path(given).exists():
-        raise MissingInput(f"{given}: no such file or folder; give a run folder, a checkpoint or a weights file")
+    if given is not None:
+        refuse_missing(given)
     if given is None:
         rest = [*(word for word in USUAL if word.partition("=")[0] not in keys), *rest]
     batches = tuple(int(batch) for batch in own["batch"].split(","))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.faults import BadData, ConfigError, Exit, Fault, MissingInput, nearest
+from runner.faults import BadData, ConfigError, Exit, Fault, nearest, refuse_missing
 
 if TYPE_CHECKING:
     from runner.evaluate import Stored
@@ -34,8 +34,7 @@ def export(words: Sequence[str]) -> int:
     given = composition.raw.get("checkpoint")
     if composition.faults or not isinstance(given, str) or not given:
         checked(composition)
-    if not Path(str(given)).exists():
-        raise MissingInput(f"{given}: no such file or folder; give a run folder, a checkpoint or a weights file")
+    refuse_missing(str(given))
     source = Path(str(given))
     target = Path(own["out"]) if own.get("out") else (source if source.is_dir() else source.parent) / FORMATS[wanted]
     if not target.parent.is_dir():
