@@ -45,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     warnings.formatwarning = lambda message, *_, **__: f"runner: warning: {message}\n"
     end_with_the_launcher()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch puts large tensors on large pages: 5 % of a step
     code = run(list(sys.argv[1:] if words is None else words))
     for number in (signal.SIGINT, signal.SIGTERM):  # what is over is over: a signal from here on changes no code
         signal.signal(number, signal.SIG_IGN)

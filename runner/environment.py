@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torchvision
 
+from runner.hoard import keep_memory
+
 DECIDES = ("python", "torch", "torchvision", "device", "cpu", "capability", "threads", "world", "code", "mkldnn")
 
 
@@ -78,7 +80,8 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def prepare(seed: int, threads: int | None, device: torch.device) -> None:
-    """Make a run repeatable: seeds, threads, deterministic algorithms."""
+    """Make a run repeatable, and no slower than it has to be: seeds, threads, deterministic algorithms, memory."""
+    keep_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)

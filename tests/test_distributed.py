@@ -101,7 +101,8 @@ def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_pat
 def test_what_is_set_before_the_first_step_agrees_with_one_process(
     tmp_path: Path, launched: Launched, quant: str
 ) -> None:
-    words = [*PLAIN, f"quant={quant}", "trainer.max_steps=1", "batch_size=10", SGD]
+    # eleven images: the mean of ten may be one of the few values that a binary layer gives, and its sign a rounding error
+    words = [*PLAIN, f"quant={quant}", "trainer.max_steps=1", "batch_size=11", SGD]
     launched(*({"place": tmp_path / str(ranks), "ranks": ranks, "words": words} for ranks in (1, 2)))
     alone, together = (load_weights(folder(tmp_path / str(ranks), words)) for ranks in (1, 2))
     assert alone.keys() == together.keys()
