@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +45,7 @@ class RunFolder:
         self.metrics = CsvLog(path / "metrics.csv", METRICS)
         self.timing = CsvLog(path / "timing.csv", TIMING)
         self.health = CsvLog(path / "quant.csv", HEALTH)
-        self._facts: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.facts: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "command": _command()}
 
     @property
     def logs(self) -> dict[str, CsvLog]:
@@ -53,17 +54,22 @@ class RunFolder:
 
     def status(self, state: str, exit_code: int | None = None, why: str = "", **facts: Any) -> None:
         """Say how the run stands; the facts given once stay."""
-        self._facts |= facts
+        self.facts |= facts
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(
             self.path / "status.json",
-            {"state": state, "exit_code": exit_code, "reason": why, **self._facts, "updated": now},
+            {"state": state, "exit_code": exit_code, "reason": why, **self.facts, "updated": now},
         )
 
     def close(self) -> None:
         for log in self.logs.values():
             log.close()
         os.close(self._lock)
+
+
+def _command() -> list[str]:
+    """The command line of this process, as it is typed anywhere."""
+    return ["python", "-m", "runner", *sys.argv[1:]]
 
 
 def status_of(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,6 +46,7 @@ SHOWN = {
     "MACs": "macs",
     "why": "why",
 }  # columns of the preflight table: W, A, G are the bits of weights, activations and gradients
+HOW_MADE = ("config_hash", "command", "environment")  # known when a run starts: status.json has them from then on
 MEASURED_ON = 8  # images of the batch on which the bytes saved for backward are measured
 
 
@@ -62,10 +62,11 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
     stop, folder = stop or StopRequest(), folder or folder_for(path, place)
     stop.last_words = partial(_last_words, folder)
     try:
-        folder.status("running", epochs=config.total_epochs)
+        folder.status("running", epochs=config.total_epochs, config_hash=config_hash(config))
         device = device_of(_device(config), place)
         prepare(config.seed, config.trainer.threads, device)
         world = join(place, device, partial(folder.status, "preempted", int(Exit.PREEMPTED)))
+        folder.status("running", environment=environment(device, world.size))
         if world.first:
             write_atomic(path / "config.yaml", _yaml(config), durable=False)
             _lay_down_curve(config, path, screen)
@@ -236,9 +237,7 @@ def _summary(run: Run, cost: Cost) -> dict[str, Any]:
         "float_bytes": cost.float_bytes,
         "packed_bytes": cost.packed_bytes,
         "macs": cost.macs,
-        "config_hash": config_hash(config),
-        "command": ["python", "-m", "runner", *sys.argv[1:]],
-        "environment": environment(run.device, run.world.size),
+        **{key: run.folder.facts[key] for key in HOW_MADE},
     }
 
 

@@ -51,9 +51,8 @@ def make_run(
         "reason": words or ("" if state == "done" else "loss is not finite at step 812"),
         "host": words or "node7",
     }
-    (folder / "status.json").write_text(
-        json.dumps(status | {"pid": 4711, "updated": words or "2026-11-20T17:03:12+00:00"})
-    )
+    status |= {"pid": 4711, "updated": words or "2026-11-20T17:03:12+00:00"} | _how_made(words)
+    (folder / "status.json").write_text(json.dumps(status))
     config = _config(epochs, drops, quant, words) | {"seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     if state == "done":
@@ -188,6 +187,12 @@ def _summary(
         "float_bytes": 44_734_112,
         "packed_bytes": 1_532_904,
         "macs": {"float": 1_780_000, "int": 0, "binary": 553_648_128},
+        **_how_made(words),
+    }
+
+
+def _how_made(words: str | None) -> dict[str, Any]:
+    return {
         "config_hash": words or "1a2b3c4d",
         "command": [words or "python", "-m", "runner", "model=resnet18", words or "name=a b"],
         "environment": {

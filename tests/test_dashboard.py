@@ -192,6 +192,14 @@ def test_a_run_that_goes_on_shows_what_it_has_so_far(tmp_path: Path) -> None:
     assert "summary.json" not in text
 
 
+@pytest.mark.parametrize("state", ["running", "preempted", "failed"])
+def test_a_run_without_an_end_says_how_to_repeat_it_and_where_it_runs(tmp_path: Path, state: str) -> None:
+    text = Page(write_dashboard(make_run(tmp_path / "run", epochs=1, layers=LENET, drops=(), state=state))).text
+    assert "python -m runner model=resnet18 'name=a b'" in text
+    assert "AMD EPYC 9554" in text
+    assert "Not recorded" not in text
+
+
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     page = write_dashboard(make_run(tmp_path / "run", epochs=4_000, layers=LENET, drops=(1_000, 3_000)))
     assert page.stat().st_size < LARGEST

@@ -171,10 +171,10 @@ def _layers(run: Run) -> str:
 
 
 def _settings(run: Run, defaults: Mapping[str, object]) -> str:
-    environment = run.summary.get("environment")
+    known = run.status | run.summary
+    environment = known.get("environment")
     facts = flatten(environment if isinstance(environment, dict) else {})
-    facts |= {key: run.summary[key] for key in ("config_hash",) if key in run.summary}
-    facts |= {key: run.status[key] for key in ("host", "pid") if key in run.status}
+    facts |= {key: known[key] for key in ("config_hash", "host", "pid") if key in known}
     pairs = (Column("key", "key", numeric=False), Column("value", "value", numeric=False, wide=True))
     rows: list[dict[str, object]] = [{"key": key, "value": shown(value)} for key, value in facts.items()]
     surroundings = table(pairs, rows, "What the numbers were measured on") if rows else "<p>Not recorded.</p>"
@@ -185,7 +185,7 @@ def _settings(run: Run, defaults: Mapping[str, object]) -> str:
 
 
 def _command(run: Run) -> str:
-    command = run.summary.get("command", run.status.get("command"))
+    command = (run.status | run.summary).get("command")
     if not command:
         return ""
     line = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
