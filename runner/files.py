@@ -75,14 +75,15 @@ def still_true(folder: Path, status: Mapping[str, Any]) -> dict[str, Any]:
     Whoever works in the folder holds its lock, so a lock that is free tells; where there is none, the status is believed.
     """
     told = dict(status)
-    if told.get("state") == "running" and _is_free(folder / ".lock"):
+    if told.get("state") == "running" and is_abandoned(folder):
         told |= {"state": "interrupted", "reason": "its process is gone; run the same command again to go on"}
     return told
 
 
-def _is_free(lock: Path) -> bool:
+def is_abandoned(folder: Path) -> bool:
+    """Whether the lock of a run folder is there and free."""
     try:
-        handle = os.open(lock, os.O_RDONLY | NO_FOLLOW)
+        handle = os.open(folder / ".lock", os.O_RDONLY | NO_FOLLOW)
     except OSError:
         return False
     try:

@@ -1,5 +1,6 @@
 """Live pages: they follow what is written, keep where one looks, and answer nobody else."""
 
+import fcntl
 import gc
 import http.client
 import json
@@ -351,6 +352,25 @@ def test_finished_runs_are_listed_by_their_summaries_before_they_are_read(tmp_pa
     last = [json.loads(run.row) for run in watch.runs.values()]
     assert not any("run" in row["settings"] for row in last)
     assert [row["reached"] for row in first] == [row["reached"] for row in last]
+
+
+def test_a_run_whose_process_was_killed_is_not_shown_as_running(tmp_path: Path) -> None:
+    """Such a process cannot write that it has ended; its lock, which is free then, tells."""
+    folder = make_run(tmp_path / "run", epochs=2, layers=LENET, drops=(), state="running")
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        watch = Watch([tmp_path])
+        watch.refresh(PATIENCE)
+        assert [run.state for run in watch.runs.values()] == ["running"]
+        version = watch.version
+        watch.refresh(PATIENCE)
+        assert watch.version == version
+    watch.refresh(PATIENCE)
+    assert [run.state for run in watch.runs.values()] == ["interrupted"]
+    assert watch.version > version
+    parts = run_parts(read_run(folder))
+    assert "interrupted" in parts["header"]
+    assert "run the same command again" in parts["problems"]
 
 
 def test_what_vanishes_and_what_changes(tmp_path: Path) -> None:

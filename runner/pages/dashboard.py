@@ -17,7 +17,7 @@ from runner.pages.records import Run, read_run
 from runner.pages.settings import flatten, shown, usual_settings
 
 MOST_TABLE_ROWS = 500
-STATES = {"done": "✓", "running": "…", "preempted": "‖", "failed": "✕", "diverged": "✕"}
+STATES = {"done": "✓", "running": "…", "preempted": "‖", "interrupted": "‖", "failed": "✕", "diverged": "✕"}
 
 METRIC_COLUMNS = (
     Column("epoch", "epoch"),

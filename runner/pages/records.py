@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from runner.columns import EXPECTED, HEALTH, LAYERS, METRICS, TIMING
-from runner.files import NO_FOLLOW
+from runner.files import NO_FOLLOW, still_true
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, done, preempted, failed, diverged; 'unknown' where the folder does not say.
+        """running, done, preempted, interrupted, failed, diverged; 'unknown' where the folder does not say.
 
         The summary is written when the training is over; its page is drawn a moment before the status says so.
         """
@@ -97,7 +97,7 @@ def read_run(folder: Path, *, health: bool = True, memory: Memory | None = None)
         quant=table("quant.csv", HEALTH, optional=True) if health else _typed([], list(HEALTH)),
         expected=table("expected.csv", EXPECTED, optional=True),
         summary=_mapping(folder / "summary.json", json.loads, problems),
-        status=_mapping(folder / "status.json", json.loads, problems),
+        status=still_true(folder, _mapping(folder / "status.json", json.loads, problems)),
         problems=problems,
     )
 

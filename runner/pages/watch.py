@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runner.files import is_abandoned
 from runner.pages.entries import Costs, Entry, base_of, brief_of, encoded, entry_of, identity, points_for, settings_of
 from runner.pages.records import RUN_FILES, Memory, find_runs, read_brief, read_run
 
 LEISURE = 20  # a search of all folders pauses for that many times as long as it took
-SETTLED = {"done", "failed", "diverged", "preempted", "broken"}
+SETTLED = {"done", "failed", "diverged", "preempted", "interrupted", "broken"}
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -87,7 +88,8 @@ class Watch:
 
     def _read(self, followed: Followed) -> None:
         stamp = _stamp(followed.folder)
-        if stamp == followed.stamp:
+        died = followed.state == "running" and is_abandoned(followed.folder)  # of which no file tells
+        if stamp == followed.stamp and not died:
             return
         run = read_run(followed.folder, health=False, memory=followed.memory)
         entry = entry_of(run, self._link + identity(followed.folder), points_for(len(self.runs)))
