@@ -10,7 +10,7 @@ from run_samples import LENET, make_run
 
 from runner.faults import ConfigError
 from runner.pages.command import dashboard
-from runner.pages.compare import SCRIPTS, add_rows, comparison_body, costs_in_words, write_comparison
+from runner.pages.compare import SCRIPTS, add_rows, comparison_body, costs_in_words, entries_of, write_comparison
 from runner.pages.entries import Entry, base_of, encoded, entry_of, points_for, settings_of
 from runner.pages.figures import Sheet
 from runner.pages.page import page, write_page
@@ -64,6 +64,16 @@ def test_a_row_tells_settings_as_differences_from_the_most_common_ones(tmp_path:
     assert xnor["costs"]["weight_bits"] == pytest.approx(
         (layers["weight_bits"] * layers["parameters"]).sum() / layers["parameters"].sum(), rel=1e-5
     )
+
+
+def test_many_runs_are_read_by_several_processes_to_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = find_runs(make_runs(tmp_path, ("lsq", "xnor"), 2))
+    alone = entries_of(folders, str)
+    monkeypatch.setattr("runner.pages.compare.MANY", 1)
+    assert entries_of(folders, str) == alone
+    assert len(alone) == 4
 
 
 def test_curves_of_different_lengths_keep_epochs_in_common(tmp_path: Path) -> None:

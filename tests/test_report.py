@@ -9,7 +9,9 @@ import pytest
 from runner.faults import ConfigError
 from runner.pages.report import as_markdown, report
 from runner.pages.report_pages import with_tables
+from runner.pages.report_pictures import pareto
 from runner.pages.results import as_csv, collect
+from runner.pages.svg import Chart, Series
 
 
 def make(root: Path, quant: str, seed: int, top1: float, *words: str) -> None:
@@ -118,6 +120,21 @@ def test_settings_of_a_quantizer_are_drawn_beside_float(outputs: Path, tmp_path:
         "n = 3",
     ):
         assert words in drawn
+
+
+def test_in_a_crowd_only_the_front_is_named() -> None:
+    def drawn(count: int) -> str:
+        points = [(float(cost), float(cost * 37 % 101)) for cost in range(1, count + 1)]
+        series = [Series(f"run {cost:.0f}.", [cost], [reached], lines=False) for cost, reached in points]
+        return Chart("accuracy and cost", "KiB", "%", series, front=pareto(points)).svg()
+
+    assert drawn(8).count('class="label"') == 8
+    assert "more" not in drawn(8)
+    crowd = drawn(400)
+    named = [place for place in range(1, 401) if f"run {place}.:" in crowd]
+    assert named == [cost for cost, _ in pareto([(cost, cost * 37 % 101) for cost in range(1, 401)])]
+    assert len(named) < 40
+    assert f"and {400 - len(named)} more" in crowd
 
 
 def test_a_marked_table_in_a_page_is_made_anew(tmp_path: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

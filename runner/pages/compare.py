@@ -6,6 +6,7 @@ charts and tables, and does it again whenever a filter changes or, on a live pag
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,6 +25,7 @@ METRICS = {
     "lr": "learning rate",
 }  # fmt: skip
 AXES = ("epoch", "step", "time")
+MANY = 1_000  # runs that take seconds to read: as many at a time as there are cores
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
@@ -41,9 +43,16 @@ def entries_of(folders: Sequence[Path], link: Callable[[Path], str]) -> list[Ent
     """A row a run; the curves only of the newest where they are very many."""
     newest = set(sorted(folders, key=_changed, reverse=True)[:MOST_CURVES])
     points = points_for(len(folders))
-    return [
-        entry_of(read_run(folder, health=False), link(folder), points if folder in newest else 0) for folder in folders
-    ]
+    jobs = [(folder, link(folder), points if folder in newest else 0) for folder in folders]
+    if len(jobs) < MANY:
+        return list(map(_entry, jobs))
+    with ProcessPoolExecutor() as pool:
+        return list(pool.map(_entry, jobs, chunksize=100))
+
+
+def _entry(job: tuple[Path, str, int]) -> Entry:
+    folder, link, points = job
+    return entry_of(read_run(folder, health=False), link, points)
 
 
 def _changed(folder: Path) -> float:

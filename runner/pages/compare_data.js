@@ -8,11 +8,15 @@ const Comparison = (() => {
   const known = (values) => values.filter((value) => value !== null && value !== undefined);
   const unique = (values) => [...new Set(values)];
 
-  // Numbers in the order of numbers, all else in that of words, what is missing last.
+  // Numbers in the order of numbers, also those within words (lr=0.03 before lr=0.1), what is missing last.
   function inOrder(a, b) {
     if (a === null || b === null) return (a === null) - (b === null);
-    const [x, y] = [Number(a), Number(b)];
-    return Number.isNaN(x) || Number.isNaN(y) ? String(a).localeCompare(String(b), undefined, {numeric: true}) : x - y;
+    if (!Number.isNaN(a - b)) return a - b;
+    const [left, right] = [a, b].map((value) => String(value).split(/(\d+(?:\.\d+)?(?:e[+-]?\d+)?)/));
+    const place = left.findIndex((part, index) => part !== right[index]);
+    if (place < 0) return left.length - right.length;
+    const [x, y] = [left[place], right[place] ?? ""];
+    return place % 2 && y ? x - y || x.localeCompare(y) : x.localeCompare(y);
   }
 
   // The keys in which runs differ, choices of a whole component first.

@@ -150,6 +150,8 @@ def _column(table: pd.DataFrame, name: str) -> Column:
 
 def _columns(table: pd.DataFrame, *names: str) -> list[Column]:
     """Columns of a table, of the rows in which none of them is missing."""
+    if not len(table):
+        return [NOTHING] * len(names)
     columns = np.stack([_column(table, name) for name in names])
     return list(columns[:, ~np.isnan(columns).any(axis=0)])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.pages import svg
-from runner.pages.records import read_run
+from runner.pages.records import read_metrics
 from runner.pages.report_records import scan_figures
 from runner.pages.results import Group, by_task, deviation
 from runner.pages.svg_rows import Dot, bars, dots
@@ -135,11 +135,7 @@ def _curves(task: tuple[str, str, int], members: Sequence[Group]) -> Picture | N
 
 
 def _curve(group: Group) -> svg.Series | None:
-    curves = [
-        read_run(row["folder"], health=False).metrics["val_top1"].dropna().tolist()
-        for row in group.rows
-        if "folder" in row
-    ]
+    curves = [read_metrics(row["folder"])["val_top1"].dropna().tolist() for row in group.rows if "folder" in row]
     length = min(map(len, curves), default=0)
     if not length:
         return None

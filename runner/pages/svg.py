@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, BOTTOM = 70, 18, 48
 LETTER = 6.3  # the mean width of a letter of the 12 px type
 LINE = 18
+CROWD = 100  # names that find a place, and a reader
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "4 2 1 2")
 SHAPES = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "M-4 -4h8v8h-8z", "M0 -5l5 9h-10z", "M0 -5.5l5 5.5l-5 5.5l-5 -5.5z",
@@ -139,8 +140,11 @@ class Chart:
         yield f'<text class="quiet" {place}>{escape(self.y_label)}</text>'
 
     def _in_words(self) -> str:
-        said = "; ".join(f"{s.label}: {figure(s.x[-1])}, {figure(s.y[-1])}" for s in self.series if len(s.x))
-        return f"{self.title}. {self.y_label} over {self.x_label}. {said}"
+        known = [s for s in self.series if len(s.x)]
+        told = _named(known, self.front)
+        said = "; ".join(f"{s.label}: {figure(s.x[-1])}, {figure(s.y[-1])}" for s in told)
+        others = f"; and {len(known) - len(told)} more" if len(told) < len(known) else ""
+        return f"{self.title}. {self.y_label} over {self.x_label}. {said}{others}"
 
 
 def _wider(low: float, high: float, before: float, after: float) -> tuple[float, float]:
@@ -191,12 +195,17 @@ def _drawn(series: Series, index: int, x: Scale, y: Scale) -> Iterable[str]:
         yield f'<path class="f{colour}" transform="translate({a:.1f} {b:.1f})" d="{shape}"/>'
 
 
+def _named(series: Sequence[Series], front: Sequence[tuple[float, float]]) -> Sequence[Series]:
+    """Those whose names somebody may want to read: in a great crowd the ones on the front."""
+    return series if len(series) <= CROWD else [one for one in series if (one.x[0], one.y[0]) in front]
+
+
 def _labels(series: Sequence[Series], front: Sequence[tuple[float, float]], x: Scale, y: Scale) -> Iterable[str]:
     """Names beside points: to the right, left, above or below, wherever nothing else is written yet; none in a crowd."""
     taken = [(x(a) - 6, y(b) - 6, x(a) + 6, y(b) + 6) for s in series for a, b in zip(s.x, s.y, strict=True)]
     taken += [(x(s.x[0]) - 2, y(s.high[0]), x(s.x[0]) + 2, y(s.low[0])) for s in series if len(s.high) and len(s.low)]
     taken += [(x(a), y(b) - 1, x(c), y(b) + 1) for (a, b), (c, _) in pairwise(front)]
-    for one in series:
+    for one in _named(series, front):
         width = LETTER * len(one.label)
         a, b = x(one.x[0]), y(one.y[0])
         rows = [0, -13, 13, -26, 26, -39, 39, -52, 52]

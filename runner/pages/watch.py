@@ -15,6 +15,7 @@ from runner.pages.entries import Costs, Entry, base_of, brief_of, encoded, entry
 from runner.pages.records import RUN_FILES, Memory, find_runs, read_brief, read_run
 
 LEISURE = 20  # a search of all folders pauses for that many times as long as it took
+SAMPLE = 20  # runs whose settings say what is usual
 SETTLED = {"done", "failed", "diverged", "preempted", "interrupted", "broken"}
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -53,7 +54,7 @@ class Watch:
         elif not self._pending:
             self._pending = [run for run in self.runs.values() if run.state not in SETTLED]
         if not self.base:
-            self.base = base_of(settings_of(read_run(run.folder, health=False)) for run in self._pending[-50:])
+            self.base = base_of(settings_of(read_run(run.folder, health=False)) for run in self._pending[-SAMPLE:])
         while self._new:
             self._glance(self._new.pop())
         while self._pending:  # one at least: a machine too busy for anything else gets there, too
