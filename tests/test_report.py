@@ -10,7 +10,7 @@ from runner.faults import ConfigError
 from runner.pages.report import as_markdown, report
 from runner.pages.report_pages import with_tables
 from runner.pages.report_pictures import pareto
-from runner.pages.results import as_csv, collect
+from runner.pages.results import as_csv, collect, groups_of
 from runner.pages.svg import Chart, Series
 
 
@@ -46,6 +46,21 @@ def test_configurations_are_grouped_over_seeds_and_compared_with_float_by_seed(o
     assert "| lsq | 10 | 1 | 97.00 (one run) | -2.00 |" in lines[3]
     # differences -1.0, -0.8, -1.2: mean -1, deviation 0.2, t(0.975, 2) = 4.303
     assert "| lsq quant.act_bits=2 | 10 | 3 | 98.20 ± 0.20 | -1.00 [-1.50, -0.50] | 2.0 | 3 | 1 | 2.0 |" in lines[4]
+
+
+def test_a_difference_is_to_float_that_was_trained_alike_or_else_to_float_as_it_is() -> None:
+    def rows(quant: str, settings: str, reached: float) -> list[dict[str, object]]:
+        common = {"model": "lenet5", "dataset": "digits", "epochs": 2, "quant": quant, "settings": settings}
+        return [common | {"seed": seed, "test_top1": reached + seed} for seed in range(3)]
+
+    runs = [
+        *rows("none", "", 90.0),
+        *rows("none", "trainer.ema=0.9", 95.0),
+        *rows("xnor", "quant.tau=0.9 trainer.ema=0.9", 94.0),
+        *rows("xnor", "quant.tau=0.9 lr=0.1", 89.0),
+    ]
+    gaps = [group.difference() for group in groups_of(runs)]
+    assert [gap and gap.mean for gap in gaps] == [None, 5.0, -1.0, -1.0]
 
 
 def test_rows_survive_a_csv_and_name_no_place(outputs: Path, tmp_path: Path) -> None:

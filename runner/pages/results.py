@@ -125,7 +125,10 @@ def as_csv(rows: Iterable[Row]) -> str:
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but the seed, and the float runs of the same network, data and length."""
+    """Runs that differ in nothing but the seed, and the float runs of the same network, data and length.
+
+    Where float was trained with the same settings, it is those runs; else the float network as it is.
+    """
 
     model: str
     dataset: str
@@ -155,6 +158,11 @@ class Group:
     def plain(self) -> bool:
         """The float network as it is: what others are compared with."""
         return self.quant == "none" and not self.settings
+
+    @property
+    def training(self) -> str:
+        """What was set beside the quantizer."""
+        return " ".join(word for word in self.settings.split() if not word.lstrip("+").startswith("quant."))
 
     @property
     def task(self) -> tuple[str, str, int]:
@@ -214,9 +222,10 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     for row in rows:
         model, dataset, epochs, quant, settings = _configuration(row)
         groups.setdefault(_configuration(row), Group(model, dataset, epochs, quant, settings, [])).rows.append(row)
-    floats = {group.task: group.rows for group in groups.values() if group.plain}
+    floats = {(group.task, group.training): group.rows for group in groups.values() if group.quant == "none"}
     for number, group in enumerate(groups.values(), 1):
-        group.floats, group.number = floats.get(group.task, []), number
+        alike = floats.get((group.task, group.training), []) if group.quant != "none" else []
+        group.floats, group.number = alike or floats.get((group.task, ""), []), number
     return list(groups.values())
 
 
