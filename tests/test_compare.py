@@ -119,6 +119,13 @@ def test_means_deviations_and_the_pareto_front(browser: Browser, compared: Path)
     assert browser.complaints() == []
 
 
+def test_numbers_within_words_come_in_the_order_of_numbers(browser: Browser, compared: Path) -> None:
+    browser.open(compared)
+    words = ["lr=0.1", "lr=0.03", "lr=1e-05", "none", "10", "9", "-1", "-0.5"]
+    ordered = browser.ask(f"[null, ...{json.dumps(words)}].sort(Comparison.inOrder)")
+    assert ordered == ["-1", "-0.5", "9", "10", "lr=1e-05", "lr=0.03", "lr=0.1", "none", None]
+
+
 def test_filter_colour_axis_sort_and_mute(browser: Browser, compared: Path) -> None:
     browser.open(compared)
     choose(browser, "filter-key", "quant.name")

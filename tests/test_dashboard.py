@@ -16,6 +16,7 @@ from runner.faults import StorageError
 from runner.pages.curves import short_labels
 from runner.pages.dashboard import write_dashboard, write_timeline
 from runner.pages.page import amount, duration, embedded_json, size, write_page
+from runner.pages.scales import colours
 from runner.pages.settings import flatten, usual_settings
 
 HOSTILE = (
@@ -258,6 +259,16 @@ def test_numbers_come_with_units() -> None:
         ("0", "B"), ("1,023", "B"), ("1", "KiB"), ("5", "GiB"), ("1,048,576", "TiB")]  # fmt: skip
     assert [duration(value) for value in (0, 119, 3600, 100_000, 400_000)] == [
         ("0", "s"), ("119", "s"), ("60", "min"), ("27 h 47", "min"), ("4 d 15", "h")]  # fmt: skip
+
+
+def test_a_scale_of_colours_has_round_values_along_it() -> None:
+    for low, high in ((0.0, 1.0), (0.9931, 0.9952), (-3.0, 250.0), (2e-6, 3e-6), (1e-4, 5.0)):
+        _, start, end, landmarks = colours([low, high])
+        assert (start, end) == (low, high)
+        assert 2 <= len(landmarks) <= 6
+        assert all(low < landmark < high for landmark in landmarks)
+    assert colours([0.9931, 0.9952])[3] == [0.9935, 0.994, 0.9945, 0.995]
+    assert colours([7.0, 7.0])[1:3] == (3.5, 10.5)
 
 
 def test_labels_stay_different_when_cut() -> None:

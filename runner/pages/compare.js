@@ -174,7 +174,9 @@
     for (const model of Page.models("ColumnDataSource")) {
       if (model.name?.startsWith("points-")) drawCosts(model.name.slice(7), model, find("goal").value);
     }
-    find("costs-none").hidden = Page.all(".costs figure").some((figure) => !figure.hidden);
+    const charts = Page.all(".costs figure:not([hidden])").length;
+    find("costs-none").hidden = charts > 0;
+    document.querySelector(".costs").dataset.charts = charts;
   }
 
   function drawCurves(metric, axis) {

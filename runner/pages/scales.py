@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from runner.pages.svg import round_values
+
 
 def finite(values: object) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
     """The finite ones among some numbers."""
@@ -21,11 +23,17 @@ def spans_decades(values: object) -> bool:
 
 
 def colours(values: object) -> tuple[bool, float, float, list[float]]:
-    """A scale that covers the values: whether it is logarithmic, from where to where, and four round values along it."""
+    """A scale that covers the values: whether it is logarithmic, from where to where, and a few round values along it.
+
+    >>> colours([0.9931, 0.9952]), colours([0.001, 1.0])[3]
+    ((False, 0.9931, 0.9952, [0.9935, 0.994, 0.9945, 0.995]), [0.004, 0.016, 0.063, 0.25])
+    """
     array = finite(values)
     low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 1.0)
     if low == high:
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
     logarithmic = spans_decades(array)
-    between = (np.geomspace if logarithmic else np.linspace)(low, high, 6)[1:-1]
-    return logarithmic, low, high, sorted({float(f"{value:.2g}") for value in between})
+    if logarithmic:
+        return logarithmic, low, high, sorted({float(f"{value:.2g}") for value in np.geomspace(low, high, 6)[1:-1]})
+    margin = (high - low) / 30  # a number on the very edge would be cut off
+    return logarithmic, low, high, [x for x in round_values(low, high, 6) if low + margin < x < high - margin]
