@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from runner.faults import ConfigError, Exit, Fault, exit_code, nearest
+from runner.faults import ConfigError, Exit, Fault, MissingInput, exit_code, nearest
 from runner.parent import end_with_the_launcher
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "follow runs in a browser: dashboard [FOLDER …] [--open | --compare | --write]",
     ),
 }
+OWN = {"runner", "models", "quant"}
 SWEEP = {"-m", "--multirun"}
 MEANINGS = {
     Exit.OUT_OF_MEMORY: "out of memory; try a smaller batch_size= or trainer.accumulate=2, and run the same command again",
@@ -62,12 +63,21 @@ def run(words: list[str]) -> int:
         return _dispatch(words)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except Exception as problem:
+        error = _without_package(problem)
         code = exit_code(error)
         trace = traceback.format_exc() if code == Exit.INTERNAL else ""
         with suppress(OSError):  # the log may lie on the disk that is full
             print(f"{trace}runner: {MEANINGS.get(code, error)}", file=sys.stderr)
         return int(code)
+
+
+def _without_package(error: Exception) -> Exception:
+    """A package that is not installed, said as such; any other error as it is."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else "runner"
+    if package in OWN:
+        return error
+    return MissingInput(f"{package} is not installed; pip install -e . in the project's folder installs all it needs")
 
 
 def _dispatch(words: list[str]) -> int:

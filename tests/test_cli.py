@@ -128,6 +128,12 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
         (RuntimeError("CUDA out of memory. Tried to allocate"), 71, "out of memory"),
         (RuntimeError("something else"), 70, "an error of the program itself"),
         (ZeroDivisionError("division by zero"), 70, "an error of the program itself"),
+        (
+            ModuleNotFoundError("No module named 'hydra'", name="hydra.core"),
+            66,
+            "hydra is not installed; pip install -e .",
+        ),
+        (ModuleNotFoundError("No module named 'runner.x'", name="runner.x"), 70, "an error of the program itself"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
