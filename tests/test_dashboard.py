@@ -252,6 +252,26 @@ def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
     assert Page(write_timeline([], tmp_path / "empty.html", "nothing")).all("figure") == []
 
 
+def test_a_setting_that_only_later_phases_have_is_not_said_to_hold_throughout(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"epoch": epoch, "step": epoch, "phase": epoch // 2, "lr": 0.1, "weight_decay": 1e-4 if epoch > 3 else None,
+         "momentum": None} for epoch in range(6)
+    ]  # fmt: skip
+    page = Page(write_timeline(rows, tmp_path / "timeline.html", "a regime"))
+    assert [div["id"] for div in page.all("div") if div.get("class") == "plot"] == ["plot-lr", "plot-weight_decay"]
+    assert "The same throughout" not in page.text
+    assert "momentum" not in page.text, "a column of nothing"
+
+
+def test_in_a_browser_the_names_of_phases_move_no_axis(browser: Browser, tmp_path: Path) -> None:
+    """They stand at 0 or 1 of a range of their own, where curves reach from 0.01 to 0.02."""
+    rows: list[dict[str, object]] = [{"epoch": e, "step": e, "phase": e // 2, "lr": 0.01 + e / 500} for e in range(6)]
+    browser.open(write_timeline(rows, tmp_path / "timeline.html", "a regime"))
+    end = "[...Bokeh.documents[0].all_models].find(model => model.type === 'Figure').y_range.end"
+    browser.wait_for(f"({end}) > 0.02")
+    assert browser.ask(end) < 0.03
+
+
 def test_numbers_come_with_units() -> None:
     assert [amount(value) for value in (0, 999, 12_345, 2.5e6, 3e9, float("nan"), "x", True)] == [
         ("0", ""), ("999", ""), ("12.3", "k"), ("2.5", "M"), ("3", "G"), ("—", ""), ("—", ""), ("—", "")]  # fmt: skip

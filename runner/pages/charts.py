@@ -20,6 +20,7 @@ from bokeh.models import (
     HoverTool,
     LinearColorMapper,
     LogColorMapper,
+    Model,
     NumeralTickFormatter,
     Range1d,
 )
@@ -95,11 +96,13 @@ class Curves:
             plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[0000000]")
         if self.phases:
             _mark_phases(plot, sheet, panel.phase_names)
+        drawn: list[Model] = []
         if self.band:
             area = plot.varea(
                 "x", "low", "high", source=sheet.sources[f"band {panel.key}"], fill_alpha=0.18, muted_alpha=0.04
             )
             area.tags = [self.band, f"{panel.key}:band"]
+            drawn.append(area)
         for index, series in enumerate(panel.series):
             style: dict[str, Any] = {"line_width": 2.2, "line_dash": series.dash, "muted_alpha": 0.12}
             line: GlyphRenderer[Any] = (
@@ -113,12 +116,15 @@ class Curves:
                 marker=series.marker, size=7, muted_alpha=0.12,
             )  # fmt: skip
             line.tags = dots.tags = [series.colour, f"{panel.key}:{series.column}"]
+            drawn.append(line)
             if index == 0:
                 plot.add_tools(_curve_tooltip(panel, line))
         if self.best:
             source = sheet.sources[f"best {panel.key}"]
             ring = plot.scatter("x", "y", source=source, size=15, marker="circle", fill_alpha=0, line_width=2.5)
             ring.tags = ["single", f"{panel.key}:best"]
+        assert isinstance(plot.y_range, DataRange1d)
+        plot.y_range.renderers = drawn  # not the names of phases, which stand at 0 or 1 of a range of their own
         return plot
 
 

@@ -106,9 +106,9 @@ def _worth_drawing(panels: Sequence[Panel], points: pd.DataFrame) -> tuple[list[
     """The panels that have something to draw, and a sentence with the settings that never change."""
     drawn, said = [], []
     for panel in panels:
-        values = set(points[[series.column for series in panel.series]].to_numpy(dtype=float).ravel())
-        values = {value for value in values if math.isfinite(value)}
-        if panel.step and panel.size == "minor" and len(values) == 1:
+        found = set(points[[series.column for series in panel.series]].to_numpy(dtype=float).ravel())
+        values = {value for value in found if math.isfinite(value)}
+        if panel.step and panel.size == "minor" and len(found) == len(values) == 1:
             said.append(f"{panel.title.lower()} <b>{text(plain(*values))} {panel.unit}</b>".replace(" </b>", "</b>"))
         elif values:
             drawn.append(panel)

@@ -22,7 +22,7 @@ STATES = {"done": "✓", "running": "…", "preempted": "‖", "interrupted": "�
 METRIC_COLUMNS = (
     Column("epoch", "epoch"),
     Column("step", "step"),
-    Column("phase", "phase", numeric=False),
+    Column("phase", "phase"),
     Column("lr", "learning rate"),
     Column("batch_size", "batch size"),
     Column("input_size", "input size (px)"),
@@ -93,7 +93,8 @@ def write_timeline(rows: list[dict[str, object]], path: Path, title: str) -> Pat
     """Draw a regime before any training: what holds from each point (epoch, step) of the rows on."""
     curves, figures = timeline_section(pd.DataFrame(rows))
     body = f"<header><h1>{text(title)}</h1><p>The regime as it will run; nothing was trained.</p></header>"
-    columns = [Column(key, key.replace("_", " "), key not in ("phase", "optimizer")) for key in (rows or [{}])[0]]
+    known = [key for key in (rows or [{}])[0] if any(row[key] not in (None, "") for row in rows)]
+    columns = [Column(key, key.replace("_", " "), key != "optimizer") for key in known]
     numbers = (
         f"<h2>Points</h2>{table(columns, _thinned(rows), 'The regime, point by point', tall=True)}" if rows else ""
     )

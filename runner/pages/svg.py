@@ -216,7 +216,9 @@ def _labels(series: Sequence[Series], front: Sequence[tuple[float, float]], x: S
             continue
         left, middle = free[0]
         taken.append((left, middle - 6, left + width, middle + 6))
-        yield f'<text class="label" x="{left:.1f}" y="{middle + 4:.1f}">{escape(one.label)}</text>'
+        # The true width is the font's: the end that is beside the point stays there.
+        place = f'x="{left:.1f}"' if left > a else f'x="{left + width:.1f}" text-anchor="end"'
+        yield f'<text class="label" {place} y="{middle + 4:.1f}">{escape(one.label)}</text>'
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
