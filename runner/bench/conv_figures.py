@@ -8,31 +8,29 @@ from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFo
 from bokeh.plotting import figure
 
 from runner.bench.page import Charts, style
-from runner.pages.page import plain, text
+from runner.pages.charts import Series, legend_key
+from runner.pages.page import plain
 
 if TYPE_CHECKING:
     from runner.bench.conv_contest import Row
 
 
 @dataclass(frozen=True)
-class Line:
-    """One curve: its name, colour (of page.css), dash, and the column it shows; `only` chooses rows by out_channels."""
+class Line(Series):
+    """One curve; `only` chooses rows by out_channels. What is computed has no markers."""
 
-    label: str
-    column: str
-    colour: str
-    dash: str = "solid"
     only: int | None = None
 
 
 FIG4 = (
-    Line("formula of the paper", "paper", "s7", "dashed"),
-    Line("formula, this processor", "machine", "s7", "dotted"),
-    Line("kernel", "kernel_speedup", "s1"),
-    Line("with packing and alpha", "alpha_speedup", "s2"),
-    Line("with alpha and K", "alpha_k_speedup", "s3"),
-    Line("kernel, over the best float library", "kernel_over_best", "s4", "dashed"),
+    Line("paper", "formula of the paper", "s7", "dashed", ""),
+    Line("machine", "formula, this processor", "s7", "dotted", ""),
+    Line("kernel_speedup", "kernel", "s1"),
+    Line("alpha_speedup", "with packing and alpha", "s2", marker="square"),
+    Line("alpha_k_speedup", "with alpha and K", "s3", marker="triangle"),
+    Line("kernel_over_best", "kernel, over the best float library", "s4", "dashed"),
 )
+MARKERS = ("circle", "square", "triangle")
 TICKS = {
     1,
     4,
@@ -45,7 +43,6 @@ TICKS = {
     256,
     1024,
 }  # of the places measured; more would run into each other on a telephone
-DASHES = {"solid": "", "dashed": "6 3", "dotted": "2 3"}
 
 
 def speedups(charts: Charts, name: str, title: str, rows: Sequence["Row"], x: str, facts: dict[str, Any]) -> str:
@@ -75,7 +72,7 @@ def speedups(charts: Charts, name: str, title: str, rows: Sequence["Row"], x: st
         f"{line.label} {plain(round(getattr(_rows_of(line, mine)[-1], line.column), 1))} at {places[-1]}"
         for line in lines
     )
-    keys = "".join(_key(line, f"{name}:{index}") for index, line in enumerate(lines))
+    keys = "".join(legend_key(line, f"{name}:{index}") for index, line in enumerate(lines))
     chart = charts.add(name, title, summary, plot, size="even-part")
     return chart.replace("</figcaption>", f'<div class="keys">{keys}</div></figcaption>')
 
@@ -84,10 +81,10 @@ def _by_outputs(rows: Sequence["Row"]) -> tuple[Line, ...]:
     """A curve for each number of output channels, below the formula, which does not depend on it."""
     outputs = sorted({row.out_channels for row in rows})
     curves = (
-        Line(f"{o} outputs", "alpha_speedup", f"s{i % 6 + 1}", ("solid", "dashed")[i % 2], o)
+        Line("alpha_speedup", f"{o} outputs", f"s{i % 6 + 1}", ("solid", "dashed")[i % 2], MARKERS[i // 2 % 3], o)
         for i, o in enumerate(outputs)
     )
-    return Line("formula of the paper", "paper", "s7", "dotted", outputs[0]), *curves
+    return Line("paper", "formula of the paper", "s7", "dotted", "", outputs[0]), *curves
 
 
 def _rows_of(line: Line, rows: Sequence["Row"]) -> list["Row"]:
@@ -98,17 +95,7 @@ def _draw(plot: figure, line: Line, rows: Sequence["Row"], x: str, series: str) 
     columns: dict[str, Any] = {"x": [getattr(r, x) for r in rows], "y": [getattr(r, line.column) for r in rows]}
     source = ColumnDataSource(columns)
     curve = plot.line("x", "y", source=source, line_width=2.2, line_dash=line.dash, muted_alpha=0.12)
-    dots = plot.scatter("x", "y", source=source, size=5 if line.dash == "solid" else 0, muted_alpha=0.12)
-    curve.tags = dots.tags = [line.colour, series]
+    curve.tags = [line.colour, series]
+    if line.marker:
+        plot.scatter("x", "y", source=source, size=7, marker=line.marker, muted_alpha=0.12).tags = curve.tags
     plot.add_tools(HoverTool(renderers=[curve], tooltips=[(line.label, "@y{0.0}"), ("at", "@x")]))
-
-
-def _key(line: Line, series: str) -> str:
-    """One entry of the legend: a real button, so that it can be reached and read without a mouse."""
-    drawing = f'<path d="M0 6h36" stroke-width="2.2" stroke-dasharray="{DASHES[line.dash]}"/>'
-    colour = f"var(--{line.colour})"
-    return (
-        f'<button type="button" aria-pressed="true" data-series="{series}">'
-        f'<svg viewBox="0 0 36 12" aria-hidden="true" stroke="{colour}" fill="{colour}">{drawing}</svg>'
-        f"{text(line.label)}</button>"
-    )

@@ -37,7 +37,7 @@ MARKERS_PER_CURVE = 12
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: the column it shows, its name, and the colour, dash and marker that tell it from others."""
+    """One curve: the column it shows, its name, and the colour, dash and marker (or none) that tell it from others."""
 
     column: str
     label: str
@@ -172,13 +172,13 @@ def add_curves(
     names = [f"{panel.key}:{series.column}" for series in panel.series]
     for index, (name, column) in enumerate(zip(names, columns, strict=True)):
         sheet.moving[f"marks {name}"] = {"indices": _marked(column, index, panel)}
-    keys = [_key(series, name) for series, name in zip(panel.series, names, strict=True)]
+    keys = [legend_key(series, name) for series, name in zip(panel.series, names, strict=True)]
     if best is not None:
         sheet.keep(f"best {panel.key}", best)
-        keys.append(_key(Series("best", "best", "single"), f"{panel.key}:best", shape="ring"))
+        keys.append(legend_key(Series("best", "best", "single"), f"{panel.key}:best", shape="ring"))
     if band is not None:
         sheet.keep(f"band {panel.key}", band.table)
-        keys.append(_key(Series("band", band.label, band.colour), f"{panel.key}:band", shape="band"))
+        keys.append(legend_key(Series("band", band.label, band.colour), f"{panel.key}:band", shape="band"))
     phases = len(sheet.moving["phases"]["data"].get("left", ())) > 1
     sheet.charts.append(Curves(panel, logarithmic, written_out, phases, best is not None, band.colour if band else ""))
     title = f"{panel.heading}, logarithmic" if logarithmic else panel.heading
@@ -237,13 +237,14 @@ def _curve_tooltip(panel: Panel, line: "GlyphRenderer[Any]") -> HoverTool:
     return HoverTool(renderers=[line], mode="vline", tooltips=tips, formatters=printf, line_policy="nearest")
 
 
-def _key(series: Series, name: str, *, shape: Literal["curve", "ring", "band"] = "curve") -> str:
+def legend_key(series: Series, name: str, *, shape: Literal["curve", "ring", "band"] = "curve") -> str:
     """One entry of the legend: a real button, so that it can be reached and read without a mouse."""
     dash = {"solid": "", "dashed": "6 3", "dotted": "2 3"}[series.dash]
     marker = {
         "circle": '<circle cx="18" cy="6" r="4"/>',
         "square": '<rect x="14" y="2" width="8" height="8"/>',
         "triangle": '<path d="M18 1l5 9h-10z"/>',
+        "": "",
     }[series.marker]
     if shape == "band":
         drawing = '<rect y="1" width="36" height="10" stroke="none" opacity=".3"/>'
