@@ -175,6 +175,19 @@ def test_it_fits_its_window(browser: Browser, compared: Path, tmp_path: Path, sc
     assert browser.complaints() == []
 
 
+def test_on_paper_the_tables_are_no_wider_than_the_page(browser: Browser, compared: Path) -> None:
+    """A table that sticks out makes the browser shrink the page, and charts keep the size they had on the screen."""
+    browser.open(compared, width=900)
+    overhang = "Math.max(...['results', 'settings'].map(id => (e => e.scrollWidth - e.clientWidth)(document.getElementById(id + '-box'))))"
+    assert browser.ask(overhang) > 0, "on the screen it is scrolled"
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert browser.ask(overhang) <= 0
+        assert browser.ask("document.documentElement.scrollWidth - innerWidth") <= 0
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_hostile_strings_are_text_wherever_they_appear(browser: Browser, tmp_path: Path) -> None:
     for index in range(2):
         folder = make_run(tmp_path / f"r{index}", epochs=3, layers=LENET, drops=(), words=HOSTILE)
