@@ -20,11 +20,21 @@ def headlines(run: Run) -> str:
     memory = _first(summary.get("peak_memory_bytes"), timing["peak_memory_bytes"].max())
     saved = _first(summary.get("saved_bytes_per_sample"), timing["saved_bytes_per_sample"].max())
     top5 = number(summary.get("test_top5"))
-    gap = gap_to_float(run)
+    beside, name = float_beside(run)
+    gap = _gap(summary.get("best_val_top1"), beside.get("best_val_top1"))
+    test_gap = _gap(summary.get("test_top1"), beside.get("test_top1"), name)
     test_note = f"top-5 {top5:.2f} %, " if top5 is not None else ""
     cards = [
-        ("Best validation accuracy", _percent(best), f"{_after(best_epoch)}; last {_joined(_percent(last))}"),
-        ("Test accuracy", _percent(number(summary.get("test_top1"))), f"{gap}{test_note}{_checkpoint(summary)}"),
+        (
+            "Best validation accuracy",
+            _percent(best),
+            f"{gap}{_after(best_epoch)}; last {_joined(_percent(last))}",
+        ),
+        (
+            "Test accuracy",
+            _percent(number(summary.get("test_top1"))),
+            f"{test_gap}{test_note}{_checkpoint(summary)}",
+        ),
         ("Training time", duration(seconds), f"{_joined(duration(_per_epoch(run, seconds)))} an epoch"),
         ("Speed", amount(speed, "images/s"), "while training"),
         ("Peak memory", size(memory), "most in use at once"),
@@ -36,18 +46,25 @@ def headlines(run: Run) -> str:
     return f'<dl class="headlines">{items}</dl>'
 
 
-def gap_to_float(run: Run) -> str:
-    """How far the test accuracy is from that of a float run beside this one, with the same network, data, epochs and seed."""
-    mine, reached = run.summary, number(run.summary.get("test_top1"))
-    if reached is None or mine.get("quant") == "none":
-        return ""
+def float_beside(run: Run) -> tuple[dict[str, object], str]:
+    """The summary and the folder of a float run beside a finished one, with the same network, data, epochs and seed."""
+    mine = run.summary
+    if not mine or mine.get("quant") == "none":
+        return {}, ""
     for folder in find_runs(run.folder.parent)[:MOST_NEIGHBOURS]:
         other = read_summary(folder)
-        found = number(other.get("test_top1"))
-        if found is not None and other.get("quant") == "none" and all(other.get(k) == mine.get(k) for k in SAME):
-            points = f"{reached - found:+.2f}".replace("-", "\N{MINUS SIGN}")
-            return f"{points} points to float ({found:.2f} %, {folder.name}); "
-    return ""
+        if other.get("quant") == "none" and all(other.get(key) == mine.get(key) for key in SAME):
+            return other, folder.name
+    return {}, ""
+
+
+def _gap(mine: object, floats: object, *which: str) -> str:
+    """How far an accuracy is from that of a float run, and which one that is."""
+    reached, found = number(mine), number(floats)
+    if reached is None or found is None:
+        return ""
+    points = f"{reached - found:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{points} points to float ({', '.join((f'{found:.2f} %', *which))}); "
 
 
 def _card(label: str, figure: tuple[str, str], note: str) -> str:
