@@ -59,8 +59,13 @@ def test_a_difference_is_to_float_that_was_trained_alike_or_else_to_float_as_it_
         *rows("xnor", "quant.tau=0.9 trainer.ema=0.9", 94.0),
         *rows("xnor", "quant.tau=0.9 lr=0.1", 89.0),
     ]
-    gaps = [group.difference() for group in groups_of(runs)]
-    assert [gap and gap.mean for gap in gaps] == [None, 5.0, -1.0, -1.0]
+
+    def gaps(some: list[dict[str, object]]) -> list[float | None]:
+        return [gap and gap.mean for gap in (group.difference() for group in groups_of(some))]
+
+    assert gaps(runs) == [None, 5.0, -1.0, -1.0]
+    assert gaps(runs[3:]) == [None, -1.0, -6.0]  # the only float runs
+    assert gaps([*runs[3:], *rows("none", "trainer.ema=0.5", 90.0)]) == [None, -1.0, None, None]
 
 
 def test_rows_survive_a_csv_and_name_no_place(outputs: Path, tmp_path: Path) -> None:

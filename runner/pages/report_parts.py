@@ -82,7 +82,8 @@ def results_table(groups: Sequence[Group]) -> Table:
 
 
 def _line(group: Group) -> list[str]:
-    difference = "" if group.plain else str(group.difference() or "no float run")
+    unknown = "" if group.quant == "none" else "no float run"
+    difference = str(group.difference() or unknown)
     return [
         group.model, group.dataset, group.name, str(group.epochs), str(len(group.rows)),
         spread([row["test_top1"] for row in group.rows]), difference,

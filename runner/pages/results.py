@@ -127,7 +127,7 @@ def as_csv(rows: Iterable[Row]) -> str:
 class Group:
     """Runs that differ in nothing but the seed, and the float runs of the same network, data and length.
 
-    Where float was trained with the same settings, it is those runs; else the float network as it is.
+    Those that were trained with the same settings, else the float network as it is, else the only ones there are.
     """
 
     model: str
@@ -222,11 +222,19 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     for row in rows:
         model, dataset, epochs, quant, settings = _configuration(row)
         groups.setdefault(_configuration(row), Group(model, dataset, epochs, quant, settings, [])).rows.append(row)
-    floats = {(group.task, group.training): group.rows for group in groups.values() if group.quant == "none"}
+    floats = [group for group in groups.values() if group.quant == "none"]
     for number, group in enumerate(groups.values(), 1):
-        alike = floats.get((group.task, group.training), []) if group.quant != "none" else []
-        group.floats, group.number = alike or floats.get((group.task, ""), []), number
+        group.floats, group.number = _floats_for(group, floats), number
     return list(groups.values())
+
+
+def _floats_for(group: Group, floats: Iterable[Group]) -> list[Row]:
+    """The float runs that a group is compared with."""
+    beside = [other for other in floats if other.task == group.task]
+    chosen = [other for other in beside if other.plain]
+    if group.quant != "none":
+        chosen = [other for other in beside if other.training == group.training] or chosen or beside
+    return chosen[0].rows if len(chosen) == 1 else []
 
 
 def by_task(groups: Sequence[Group]) -> Iterable[tuple[tuple[str, str, int], list[Group]]]:
