@@ -46,7 +46,10 @@ SHOWN = {
     "MACs": "macs",
     "why": "why",
 }  # columns of the preflight table: W, A, G are the bits of weights, activations and gradients
-HOW_MADE = ("config_hash", "command", "environment")  # known when a run starts: status.json has them from then on
+# Known before step 0: status.json has it from then on, the summary takes it from there.
+KNOWN_EARLY = (
+    "parameters", "saved_bytes_per_sample", "float_bytes", "packed_bytes", "macs", "config_hash", "command", "environment",
+)  # fmt: skip
 MEASURED_ON = 8  # images of the batch on which the bytes saved for backward are measured
 
 
@@ -72,14 +75,14 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
             _lay_down_curve(config, path, screen)
         refuse_misfits(config)
         run = Run(config, folder, screen, stop, device, world)
-        cost = _preflight(run)
+        _preflight(run)
         run.begin()
         if config.trainer.dashboard == "open" and world.first:
             open_live(path)
         folder.status("running", steps_total=run.total_steps, epoch=run.progress.epoch, step=run.progress.step)
         stop.finish_steps()
         fit(run)
-        _conclude(run, cost)
+        _conclude(run)
         stop.last_words = None  # what is done stays done
         folder.status("done", int(Exit.DONE))
     except BaseException as error:
@@ -145,7 +148,7 @@ def _note_failure(folder: RunFolder, error: BaseException) -> None:
         return
 
 
-def _preflight(run: Run) -> Cost:
+def _preflight(run: Run) -> None:
     """Before step 0: what became of every layer and why, on screen and in layers.csv; what the network costs."""
     images = run.first_images()
     cost = cost_of(run.model, images[:1])
@@ -161,7 +164,14 @@ def _preflight(run: Run) -> Cost:
     run.screen.say(_cost_line(cost, run))
     for remark in filter(None, (*run.remarks, _late_phases(run))):
         run.screen.say(remark)
-    return cost
+    run.folder.status(
+        "running",
+        parameters=sum(q.numel() for q in run.model.parameters()),
+        saved_bytes_per_sample=run.saved_bytes_per_sample,
+        float_bytes=cost.float_bytes,
+        packed_bytes=cost.packed_bytes,
+        macs=cost.macs,
+    )
 
 
 def _late_phases(run: Run) -> str:
@@ -195,7 +205,7 @@ def _cost_line(cost: Cost, run: Run) -> str:
     )
 
 
-def _conclude(run: Run, cost: Cost) -> None:
+def _conclude(run: Run) -> None:
     """Test the chosen weights once, write the summary, the weights for sharing and the dashboard."""
     if run.config.trainer.select == "val" and run.best:
         run.evaluated.load_state_dict(run.best)
@@ -204,7 +214,7 @@ def _conclude(run: Run, cost: Cost) -> None:
     if not run.world.first:
         return
     save_weights(run.folder.path / "weights.safetensors", run.evaluated.state_dict(), flat(run.config))
-    summary = _summary(run, cost) | {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
+    summary = _summary(run) | {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
     write_json(run.folder.path / "summary.json", summary, durable=True)
     chosen = "best validation" if run.config.trainer.select == "val" else "last"
     run.screen.say(
@@ -212,7 +222,7 @@ def _conclude(run: Run, cost: Cost) -> None:
     )
 
 
-def _summary(run: Run, cost: Cost) -> dict[str, Any]:
+def _summary(run: Run) -> dict[str, Any]:
     config, p = run.config, run.progress
     last, timing = _rows(run.folder.path / "metrics.csv")[-1], _rows(run.folder.path / "timing.csv")
     return {
@@ -229,15 +239,10 @@ def _summary(run: Run, cost: Cost) -> dict[str, Any]:
         "final_val_top1": float(last["val_top1"]),
         "final_train_loss": float(last["train_loss"]),
         "test_checkpoint": "best" if config.trainer.select == "val" else "last",
-        "parameters": sum(q.numel() for q in run.model.parameters()),
         "train_seconds": round(sum(float(row["seconds"]) for row in timing), 3),
         "images_per_s": median(float(row["images_per_s"]) for row in timing),
         "peak_memory_bytes": peak_memory_bytes(run.device),
-        "saved_bytes_per_sample": run.saved_bytes_per_sample,
-        "float_bytes": cost.float_bytes,
-        "packed_bytes": cost.packed_bytes,
-        "macs": cost.macs,
-        **{key: run.folder.facts[key] for key in HOW_MADE},
+        **{key: run.folder.facts[key] for key in KNOWN_EARLY},
     }
 
 

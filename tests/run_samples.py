@@ -51,7 +51,7 @@ def make_run(
         "reason": words or ("" if state == "done" else "loss is not finite at step 812"),
         "host": words or "node7",
     }
-    status |= {"pid": 4711, "updated": words or "2026-11-20T17:03:12+00:00"} | _how_made(words)
+    status |= {"pid": 4711, "updated": words or "2026-11-20T17:03:12+00:00"} | _known_early(words)
     (folder / "status.json").write_text(json.dumps(status))
     config = _config(epochs, drops, quant, words) | {"seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -179,20 +179,21 @@ def _summary(
         "test_top1": best["val_top1"] - 0.42,
         "test_top5": 99.31,
         "test_checkpoint": words or "best",
-        "parameters": 11_173_962,
         "train_seconds": sum(row["seconds"] for row in timing),
         "images_per_s": 1442.7,
         "peak_memory_bytes": timing[-1]["peak_memory_bytes"],
+        **_known_early(words),
+    }
+
+
+def _known_early(words: str | None) -> dict[str, Any]:
+    """What stands in status.json before step 0."""
+    return {
+        "parameters": 11_173_962,
         "saved_bytes_per_sample": 1_433_600,
         "float_bytes": 44_734_112,
         "packed_bytes": 1_532_904,
         "macs": {"float": 1_780_000, "int": 0, "binary": 553_648_128},
-        **_how_made(words),
-    }
-
-
-def _how_made(words: str | None) -> dict[str, Any]:
-    return {
         "config_hash": words or "1a2b3c4d",
         "command": [words or "python", "-m", "runner", "model=resnet18", words or "name=a b"],
         "environment": {

@@ -194,10 +194,12 @@ def test_a_run_that_goes_on_shows_what_it_has_so_far(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["running", "preempted", "failed"])
-def test_a_run_without_an_end_says_how_to_repeat_it_and_where_it_runs(tmp_path: Path, state: str) -> None:
+def test_a_run_without_an_end_says_what_it_costs_how_to_repeat_it_and_where_it_runs(tmp_path: Path, state: str) -> None:
     text = Page(write_dashboard(make_run(tmp_path / "run", epochs=1, layers=LENET, drops=(), state=state))).text
     assert "python -m runner model=resnet18 'name=a b'" in text
     assert "AMD EPYC 9554" in text
+    assert "Packed size 1.46 MiB" in text
+    assert "MACs per image 555 M" in text
     assert "Not recorded" not in text
 
 

@@ -21,6 +21,7 @@ import torch
 from conftest import Runner, environment
 
 from runner.checkpoint import Checkpoints, load
+from runner.job import KNOWN_EARLY
 
 # A clean process that has imported torch makes the others: they start at once, and can be killed for good.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -35,7 +36,6 @@ ADAM = "{epoch: 0, optimizer: Adam, lr: 0.003, betas: [0.8, 0.9]}"
 SWITCH = f"regime.phases=[{ADAM}, {{epoch: 1, optimizer: SGD, lr: 0.02, momentum: 0.9}}]"
 WARMUP = "lr: {schedule: warmup, from: 0, to: 0.001}"
 WITHIN = f"regime.phases=[{{step: 0, optimizer: RMSprop, {WARMUP}}}, {{step: 7, optimizer: AdamW}}]"
-HOW_MADE = ("config_hash", "command", "environment")  # in status.json from the start, in summary.json at the end
 CASES = {
     "optimizer and average": ["quant=xnor", SWITCH, "trainer.ema=0.9", "dataset.augment.cutout=6"],
     "mixed images": ["quant=xnor", "trainer.mixup=0.4", "trainer.cutmix=1.0", "trainer.accumulate=2"],
@@ -196,7 +196,7 @@ def test_the_life_of_a_run_on_the_command_line(tmp_path: Path, runner: Runner) -
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["steps_total"]) == ("preempted", 75, 40)
     assert "SIGTERM" in status["reason"]
-    told = {key: status[key] for key in HOW_MADE}
+    told = {key: status[key] for key in KNOWN_EARLY}
     assert told["command"] == ["python", "-m", "runner", *words]
     assert told["environment"]["threads"] == 1
     newest = load(Checkpoints(folder / "checkpoints").manifests()[0])

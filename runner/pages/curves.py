@@ -231,7 +231,8 @@ def _merged_phases(spans: pd.DataFrame, axes: dict[str, Axis]) -> pd.DataFrame:
 
 def _phase_labels(phases: "pd.Series[str]", shares: "pd.Series[float]") -> list[str]:
     """What stands beside each phase: its number, or its name where the phase is wide enough for one."""
-    labels = [f"phase {phase}" if index == 0 else phase[:16] for index, phase in enumerate(phases)]
+    widest = int(np.argmax(shares)) if len(shares) else 0
+    labels = [f"phase {phase}" if index == widest else phase[:16] for index, phase in enumerate(phases)]
     return [label if share >= 0.011 * len(label) else "" for label, share in zip(labels, shares, strict=True)]
 
 

@@ -18,7 +18,8 @@ def headlines(run: Run) -> str:
     seconds = _first(summary.get("train_seconds"), timing["seconds"].sum() if len(timing) else None)
     speed = _first(summary.get("images_per_s"), timing["images_per_s"].median())
     memory = _first(summary.get("peak_memory_bytes"), timing["peak_memory_bytes"].max())
-    saved = _first(summary.get("saved_bytes_per_sample"), timing["saved_bytes_per_sample"].max())
+    known = run.status | summary
+    saved = _first(known.get("saved_bytes_per_sample"), timing["saved_bytes_per_sample"].max())
     top5 = number(summary.get("test_top5"))
     beside, name = float_beside(run)
     gap = _gap(summary.get("best_val_top1"), beside.get("best_val_top1"))
@@ -39,8 +40,8 @@ def headlines(run: Run) -> str:
         ("Speed", amount(speed, "images/s"), "while training"),
         ("Peak memory", size(memory), "most in use at once"),
         ("Saved for backward", size(saved), "per sample"),
-        _packed(summary),
-        _macs(summary),
+        _packed(known),
+        _macs(known),
     ]
     items = "".join(_card(*card) for card in cards)
     return f'<dl class="headlines">{items}</dl>'
@@ -77,21 +78,21 @@ def _card(label: str, figure: tuple[str, str], note: str) -> str:
     )
 
 
-def _packed(summary: dict[str, object]) -> tuple[str, tuple[str, str], str]:
-    packed, unpacked = number(summary.get("packed_bytes")), number(summary.get("float_bytes"))
-    parameters = amount(summary.get("parameters"))
+def _packed(known: dict[str, object]) -> tuple[str, tuple[str, str], str]:
+    packed, unpacked = number(known.get("packed_bytes")), number(known.get("float_bytes"))
+    parameters = amount(known.get("parameters"))
     note = f"{_joined(parameters)} parameters" if parameters[0] != NOTHING else "on disk"
     if packed and unpacked:
         note = f"{unpacked / packed:.3g} times smaller than {_joined(size(unpacked))} in float; {note}"
     return "Packed size", size(packed), note
 
 
-def _macs(summary: dict[str, object]) -> tuple[str, tuple[str, str], str]:
-    macs = summary.get("macs")
+def _macs(known: dict[str, object]) -> tuple[str, tuple[str, str], str]:
+    macs = known.get("macs")
     kinds = {str(kind): number(count) for kind, count in macs.items()} if isinstance(macs, dict) else {}
-    known = {kind: count for kind, count in kinds.items() if count}
-    note = ", ".join(f"{_joined(amount(count))} {kind}" for kind, count in known.items())
-    return "MACs per image", amount(sum(known.values()) if known else None), note
+    counted = {kind: count for kind, count in kinds.items() if count}
+    note = ", ".join(f"{_joined(amount(count))} {kind}" for kind, count in counted.items())
+    return "MACs per image", amount(sum(counted.values()) if counted else None), note
 
 
 def _first(*values: object) -> float | None:
