@@ -68,6 +68,15 @@ def test_a_difference_is_to_float_that_was_trained_alike_or_else_to_float_as_it_
     assert gaps([*runs[3:], *rows("none", "trainer.ema=0.5", 90.0)]) == [None, -1.0, None, None]
 
 
+def test_a_config_with_a_name_of_its_own_is_not_the_method_that_it_sets(tmp_path: Path) -> None:
+    make(tmp_path, "xnor", 0, 99.0)
+    make(tmp_path, "xnor", 0, 98.0, "quant=bwn")
+    assert [(row["quant"], row["settings"], row["test_top1"]) for row in collect([tmp_path])] == [
+        ("bwn", "", 98.0),
+        ("xnor", "", 99.0),
+    ]
+
+
 def test_rows_survive_a_csv_and_name_no_place(outputs: Path, tmp_path: Path) -> None:
     rows = collect([outputs])
     path = tmp_path / "rows.csv"

@@ -77,11 +77,17 @@ def _row(folder: Path) -> Row | None:
         own = {key: summary[key] for key in ROW if key in summary and key != "command"}
         return (
             own
+            | {"quant": _chosen("quant", summary["command"]) or summary["quant"]}
             | facts
             | {"settings": _settings(summary["command"]), "command": _public(summary["command"]), "folder": folder}
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _chosen(group: str, command: Sequence[str]) -> str:
+    """The config that was chosen of a group: `bwn`, say, which sets what `xnor` has."""
+    return next((word.partition("=")[2] for word in reversed(command) if word.startswith(f"{group}=")), "")
 
 
 def _settings(command: Sequence[str]) -> str:
