@@ -352,6 +352,31 @@ def test_in_a_browser_the_controls_do_what_they_say(browser: Browser, whole: Pat
     assert browser.complaints() == []
 
 
+def test_in_a_browser_keys_move_the_charts_when_one_has_the_focus(browser: Browser, whole: Path) -> None:
+    def press(key: str, modifiers: int = 0) -> None:
+        for kind in ("keyDown", "keyUp"):
+            browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=modifiers)
+
+    browser.open(whole)
+    everything = browser.ask(RANGE)
+    press("+")
+    assert browser.ask(RANGE) == everything, "the page has the focus, no chart"
+    for _ in range(20):
+        if browser.ask("document.activeElement.closest('.plot') !== null"):
+            break
+        press("Tab")
+    press("+")
+    start, end = browser.ask(RANGE)
+    assert end - start == pytest.approx(everything[1] / 2)
+    press("ArrowLeft")
+    assert browser.ask(RANGE)[0] == pytest.approx(start - (end - start) / 4)
+    ctrl = 2
+    press("-", ctrl)
+    assert browser.ask(RANGE)[0] == pytest.approx(start - (end - start) / 4), "that is the browser's"
+    press("Escape")
+    assert browser.ask(RANGE) == everything
+
+
 def test_in_a_browser_a_drag_zooms_all_charts_and_a_double_click_shows_everything(
     browser: Browser, whole: Path
 ) -> None:

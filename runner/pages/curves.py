@@ -268,7 +268,8 @@ def _controls(axes: dict[str, Any]) -> str:
     )
     return (
         f'<div class="controls"><fieldset><legend>Horizontal axis</legend>{choices}</fieldset>{zoom_buttons()}'
-        f'<span class="small quiet mouse">Drag across a chart to zoom, double-click to see everything.</span></div>'
+        '<span class="small quiet mouse">Drag to zoom, double-click to see everything; '
+        "with a chart in focus, keys + - ← → Esc.</span></div>"
     )
 
 

@@ -24,7 +24,7 @@ def headlines(run: Run) -> str:
     beside, name = float_beside(run)
     gap = _gap(summary.get("best_val_top1"), beside.get("best_val_top1"))
     test_gap = _gap(summary.get("test_top1"), beside.get("test_top1"), name)
-    test_note = f"top-5 {top5:.2f} %, " if top5 is not None else ""
+    test_note = f"top-5 {_joined(_percent(top5))}, " if top5 is not None else ""
     cards = [
         (
             "Best validation accuracy",
@@ -65,7 +65,7 @@ def _gap(mine: object, floats: object, *which: str) -> str:
     if reached is None or found is None:
         return ""
     points = f"{reached - found:+.2f}".replace("-", "\N{MINUS SIGN}")
-    return f"{points} points to float ({', '.join((f'{found:.2f} %', *which))}); "
+    return f"{points} points to float ({', '.join((_joined(_percent(found)), *which))}); "
 
 
 def _card(label: str, figure: tuple[str, str], note: str) -> str:

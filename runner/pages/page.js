@@ -89,6 +89,16 @@ const Page = (() => {
     show(Math.max(start, page.start), Math.min(end, page.end));
   }
 
+  const keys = {"+": "closer", "-": "wider", ArrowLeft: "earlier", ArrowRight: "later", Escape: "reset"};
+
+  // A chart that has the focus is moved by keys; with Ctrl and the like they are the browser's.
+  function press(event) {
+    const kind = keys[event.key];
+    if (!kind || !event.target.closest(".plot") || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    move(kind);
+  }
+
   function mute(button) {
     const muted = button.getAttribute("aria-pressed") === "true";
     button.setAttribute("aria-pressed", String(!muted));
@@ -143,6 +153,7 @@ const Page = (() => {
       if (target.matches("input[name=axis]")) chooseAxis(target.value);
       if (target.matches("select[data-figures]")) chooseFigure(target);
     });
+    document.addEventListener("keydown", press);
     for (const plot of all(".plot")) plot.addEventListener("dblclick", () => move("reset"));
     dark.addEventListener("change", paint);
     addEventListener("beforeprint", () => paper.replaceSync(pageAsWideAsTheScreen()));
