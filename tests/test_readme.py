@@ -21,7 +21,7 @@ PUBLISHED = ROOT / "outputs" / "published"
 PAGES = ("README.md", "quant/README.md", "quant/kernels/README.md", "runner/README.md")
 SHOWN = {
     "README.md": ("lenet5_mnist.csv", "bench_step_resnet18.csv"),
-    "quant/README.md": ("variants_lenet5_mnist.csv", "variants_lenet5_digits.csv"),
+    "quant/README.md": ("lenet5_digits.csv", "variants_lenet5_mnist.csv", "variants_lenet5_digits.csv"),
     "quant/kernels/README.md": ("bench_conv.csv", "bench_peers.csv"),
     "runner/README.md": ("scaling.csv",),
 }
