@@ -76,6 +76,14 @@ def test_many_runs_are_read_by_several_processes_to_the_same_rows(
     assert len(alone) == 4
 
 
+def test_a_run_that_goes_on_has_its_costs_in_its_row(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", epochs=2, layers=LENET, drops=(), state="running"))
+    costs = entry_of(run, "x", 50)["costs"]
+    assert not run.summary
+    assert (costs["packed_bytes"], costs["saved_bytes"]) == (1_532_904, 1_433_600)
+    assert costs["float_macs"] == 1_780_000
+
+
 def test_curves_of_different_lengths_keep_epochs_in_common(tmp_path: Path) -> None:
     curves = []
     for epochs in (90, 200):

@@ -127,16 +127,16 @@ def points_for(runs: int) -> int:
 
 
 def _costs(run: Run) -> Costs:
-    summary, timing, layers = run.summary, run.timing, run.layers
-    macs = summary.get("macs")
+    known, timing, layers = run.status | run.summary, run.timing, run.layers
+    macs = known.get("macs")
     seconds = _column(timing, "seconds")
     return {
         "weight_bits": _rounded(_weight_bits(layers)),
-        "packed_bytes": number(summary.get("packed_bytes")),
+        "packed_bytes": number(known.get("packed_bytes")),
         "bit_operations": _rounded(_bit_operations(layers)),
         "float_macs": number(macs.get("float")) if isinstance(macs, dict) else None,
-        "saved_bytes": number(summary.get("saved_bytes_per_sample", _largest(timing, "saved_bytes_per_sample"))),
-        "peak_memory": number(summary.get("peak_memory_bytes", _largest(timing, "peak_memory_bytes"))),
+        "saved_bytes": number(known.get("saved_bytes_per_sample", _largest(timing, "saved_bytes_per_sample"))),
+        "peak_memory": number(known.get("peak_memory_bytes", _largest(timing, "peak_memory_bytes"))),
         "epoch_seconds": _rounded(np.median(seconds[~np.isnan(seconds)])) if np.isfinite(seconds).any() else None,
     }
 
