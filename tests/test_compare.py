@@ -1,6 +1,7 @@
 """The comparison: what a row says of a run, and what the page does with the rows, in a real browser."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,10 @@ def test_curves_of_different_lengths_keep_epochs_in_common(tmp_path: Path) -> No
 
 TABLE = "[...document.querySelectorAll('#results tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
 CHANGED = "dispatchEvent(new Event('change', {bubbles: true}))"
+SAID = (
+    "[...document.querySelectorAll('.bk-Tooltip')].map(tip => tip.shadowRoot.querySelector('.bk-tooltip-content')?.innerText"
+    ".trim().replace(/\\s+/g, ' ')).find(text => text)"
+)
 LINES = "Bokeh.documents[0].get_model_by_name('lines').data"
 
 
@@ -162,6 +167,27 @@ def test_filter_colour_axis_sort_and_mute(browser: Browser, compared: Path) -> N
     choose(browser, "goal", "last")
     assert "last validation" in browser.ask("document.getElementById('plot-cost-packed_bytes').ariaLabel")
     assert browser.complaints() == []
+
+
+def test_tooltips_name_the_axes_and_give_the_numbers(browser: Browser, compared: Path) -> None:
+    def said_at(chart: str, x: str, y: str) -> str:
+        """What the tooltip says over a point of a chart, which stands in a data source."""
+        box = browser.box(chart)
+        scales = f"[...Bokeh.index].find(view => document.querySelector('{chart}').contains(view.el)).frame"
+        left, top = browser.ask(f"(f => [f.x_scale.compute({x}), f.y_scale.compute({y})])({scales})")
+        browser.hover(box["x"] + left + 1, box["y"] + top)
+        browser.wait_for(SAID)
+        return str(browser.ask(SAID))
+
+    browser.open(compared)
+    data = "Bokeh.documents[0].get_model_by_name"
+    curve = said_at("#plot-curves", f"{data}('lines').data.xs[0][5]", f"{data}('lines').data.ys[0][5]")
+    assert re.fullmatch(r"(none|lsq|xnor) n: 3 epochs completed: 6 mean: \d+\.\d+", curve)
+    browser.hover(0, 0)
+    browser.wait_for(f"!({SAID})")
+    points = f"{data}('points-packed_bytes').data"
+    point = said_at("#plot-cost-packed_bytes", f"{points}.x[0]", f"{points}.y[0]")
+    assert re.fullmatch(r"(none|lsq|xnor) n: 3 test top-1 \(%\): \d+\.\d\d ± 0\.10 Packed size: \S+ \S*B", point)
 
 
 def test_links_lead_to_the_pages_of_the_runs(browser: Browser, compared: Path) -> None:

@@ -10,8 +10,9 @@ from bokeh.plotting import figure
 from runner.pages.entries import COSTS, Cost, Costs
 from runner.pages.figures import Sheet, set_type
 
-LINE_TIP = [("", "@label"), ("n", "@n"), ("@axis", "$snap_x{0,0.[00]}"), ("mean", "$snap_y{%.6g}")]
-POINT_TIP = [("", "@label"), ("n", "@n"), ("@goal", "@shown_y"), ("@cost", "@shown_x")]
+# Bokeh fills in values, not names: what is called differently from case to case has its name in its value.
+LINE_TIP = [("", "@label"), ("n", "@n"), ("", "@{axis}: $snap_x{0,0.[00]}"), ("mean", "$snap_y{%.6g}")]
+POINT_TIP = [("", "@label"), ("n", "@n"), ("", "@{goal}: @{shown_y}"), ("", "@{cost}: @{shown_x}")]
 
 
 def curve_chart(sheet: Sheet) -> str:
