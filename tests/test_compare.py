@@ -209,6 +209,15 @@ def test_it_fits_its_window(browser: Browser, compared: Path, tmp_path: Path, sc
     assert browser.complaints() == []
 
 
+def test_below_the_filters_nothing_else_stays_in_sight(browser: Browser, compared: Path) -> None:
+    """Two rows of controls that stick to the same edge would lie over one another."""
+    browser.open(compared, width=1280, height=500)
+    browser.ask("window.scrollTo(0, 1000)")
+    tops = browser.ask("[...document.querySelectorAll('.controls')].map(row => row.getBoundingClientRect().top)")
+    assert tops[0] == 0
+    assert all(top < -50 or top > 50 for top in tops[1:])
+
+
 def test_on_paper_the_tables_are_no_wider_than_the_page(browser: Browser, compared: Path) -> None:
     """A table that sticks out makes the browser shrink the page, and charts keep the size they had on the screen."""
     browser.open(compared, width=900)
