@@ -352,6 +352,21 @@ def test_in_a_browser_the_controls_do_what_they_say(browser: Browser, whole: Pat
     assert browser.complaints() == []
 
 
+def test_in_a_browser_tooltips_count_epochs_as_the_axis_does(browser: Browser, whole: Path) -> None:
+    browser.open(whole)
+    box = browser.box("#plot-accuracy")
+    browser.hover(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    said = "document.querySelector('.bk-Tooltip')?.shadowRoot.querySelector('.bk-tooltip-content')?.innerText"
+    browser.wait_for(said)
+    told = re.search(r"epochs completed:\s*(\d+)\s*step:\s*([\d,]+).*val top-1:\s*([\d.]+)", browser.ask(said), re.S)
+    assert told
+    epochs, step, top1 = (float(part.replace(",", "")) for part in told.groups())
+    row = (whole.parent / "metrics.csv").read_text().splitlines()[int(epochs)].split(",")
+    assert int(row[0]) == epochs - 1
+    assert int(row[1]) == step
+    assert any(float(cell or "nan") == pytest.approx(top1, rel=1e-7) for cell in row[2:])
+
+
 def test_in_a_browser_keys_move_the_charts_when_one_has_the_focus(browser: Browser, whole: Path) -> None:
     def press(key: str, modifiers: int = 0) -> None:
         for kind in ("keyDown", "keyUp"):

@@ -118,7 +118,7 @@ class Curves:
             line.tags = dots.tags = [series.colour, f"{panel.key}:{series.column}"]
             drawn.append(line)
             if index == 0:
-                plot.add_tools(_curve_tooltip(panel, line))
+                plot.add_tools(_curve_tooltip(panel, line, sheet))
         if self.best:
             source = sheet.sources[f"best {panel.key}"]
             ring = plot.scatter("x", "y", source=source, size=15, marker="circle", fill_alpha=0, line_width=2.5)
@@ -148,7 +148,8 @@ class HeatMap:
             y="row", left="left", right="right", height=1, source=health, line_width=1,
             fill_color={"field": column, "transform": mapper}, line_color={"field": column, "transform": mapper},
         )  # fmt: skip
-        tips = [("layer", "@layer"), ("epoch", "@epoch{0}"), (self.title, f"@{column}{{%.6g}}")]
+        # Files count epochs from 0, charts those that are over.
+        tips = [("layer", "@layer"), ("epochs completed", "@right_epoch{0}"), (self.title, f"@{column}{{%.6g}}")]
         plot.add_tools(HoverTool(renderers=[cells], tooltips=tips, formatters={f"@{column}": "printf"}))
         landmarks = f"landmarks {column}"
         bar = ColorBar(
@@ -229,9 +230,10 @@ def _marked(column: object, index: int, panel: Panel) -> list[int]:
     return [int(place) for place in shown[(index * every // max(len(panel.series), 1)) :: every]]
 
 
-def _curve_tooltip(panel: Panel, line: "GlyphRenderer[Any]") -> HoverTool:
+def _curve_tooltip(panel: Panel, line: "GlyphRenderer[Any]", sheet: Sheet) -> HoverTool:
     columns = [series.column for series in panel.series]
-    tips = [("epoch", "@epoch{0}"), ("step", "@step{0,0}"), ("phase", "@phase")]
+    tips = [(sheet.axes["epoch"].label, "@x_epoch{0}")] if "epoch" in sheet.axes else []
+    tips += [("step", "@step{0,0}"), ("phase", "@phase")]
     tips += [(series.label, f"@{series.column}{{%.8g}}") for series in panel.series]
     printf: dict[str, Any] = {f"@{column}": "printf" for column in columns}
     return HoverTool(renderers=[line], mode="vline", tooltips=tips, formatters=printf, line_policy="nearest")
