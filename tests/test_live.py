@@ -183,7 +183,7 @@ def test_a_folder_without_a_run_is_followed_until_there_is_one(browser: Browser,
     server = LiveServer(tmp_path)
     try:
         browser.open(server.address)
-        assert "0 runs of 0" in browser.ask("document.getElementById('count').textContent")
+        assert "No run yet" in browser.ask("document.getElementById('count').textContent")
         growing(tmp_path / "runs" / "growing", tmp_path / ".source", 3)
         browser.wait_for("document.getElementById('count').textContent.includes('1 run of 1')")
         browser.wait_for("document.querySelector('#results tbody').textContent.includes('3 of 60')")

@@ -107,8 +107,8 @@
     const chosen = chosenRuns();
     groups = Comparison.grouped(chosen, keys, base).map(Comparison.withFigures);
     const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
-    find("count").textContent = `${count(chosen.length, "run")} of ${runs.length.toLocaleString("en")}, `
-      + `${count(groups.length, "configuration")}; mean ± standard deviation over seeds`;
+    find("count").textContent = runs.length ? `${count(chosen.length, "run")} of ${runs.length.toLocaleString("en")}, `
+      + `${count(groups.length, "configuration")}; mean ± standard deviation over seeds` : "No run yet: the first one appears here.";
     find("chips").replaceChildren(...filters.map(([key, value], index) => element("button",
       {type: "button", "data-unfilter": index, "aria-label": `Remove the filter ${key} = ${value}`}, `${key} = ${value ?? "—"} ✕`)));
     chooseStyles();
@@ -290,7 +290,7 @@
 
   function settings() {
     const own = Comparison.differingKeys(groups.flatMap((group) => group.runs), base).filter((key) => key !== "seed");
-    find("settings-none").hidden = own.length > 0;
+    find("settings-none").hidden = own.length > 0 || !groups.length;
     find("settings-box").hidden = own.length === 0;
     // Whatever there is more of goes downwards.
     const across = own.length > groups.length;

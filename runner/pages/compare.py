@@ -33,7 +33,8 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     place = path.parent.resolve()
     entries = entries_of(folders, lambda folder: quote(os.path.relpath(folder.resolve() / "dashboard.html", place)))
     sheet = Sheet({})
-    body = comparison_body(sheet, [entry["costs"] for entry in entries], f"{len(entries):,} runs")
+    subtitle = f"{len(entries):,} run{'s' * (len(entries) != 1)}"
+    body = comparison_body(sheet, [entry["costs"] for entry in entries], subtitle)
     base = base_of(entry["settings"] for entry in entries)
     add_rows(sheet, [encoded(entry, base) for entry in entries])
     return write_page(path, page("Comparison", body, sheet.embed(base=base, costs=costs_in_words()), SCRIPTS))
