@@ -31,13 +31,19 @@ MANY = 1_000  # runs that take seconds to read: as many at a time as there are c
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     """Write one page that compares the runs; links lead to the pages in their folders."""
     place = path.parent.resolve()
-    entries = entries_of(folders, lambda folder: quote(os.path.relpath(folder.resolve() / "dashboard.html", place)))
+    entries = entries_of(folders, lambda folder: quote(os.path.relpath(_page_of(folder.resolve()), place)))
     sheet = Sheet({})
     subtitle = f"{len(entries):,} run{'s' * (len(entries) != 1)}"
     body = comparison_body(sheet, [entry["costs"] for entry in entries], subtitle)
     base = base_of(entry["settings"] for entry in entries)
     add_rows(sheet, [encoded(entry, base) for entry in entries])
     return write_page(path, page("Comparison", body, sheet.embed(base=base, costs=costs_in_words()), SCRIPTS))
+
+
+def _page_of(folder: Path) -> Path:
+    """The page of a run, or where none was drawn, for it has not ended or has failed, its folder."""
+    drawn = folder / "dashboard.html"
+    return drawn if drawn.is_file() else folder
 
 
 def entries_of(folders: Sequence[Path], link: Callable[[Path], str]) -> list[Entry]:
