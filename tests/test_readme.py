@@ -141,7 +141,7 @@ def rows_of(name: str) -> list[dict[str, str]]:
 
 
 def test_the_first_screen_says_what_the_rows_say() -> None:
-    groups = {g.label: g for g in groups_of(collect([PUBLISHED / "lenet5_mnist.csv"])) if g.epochs == 10}
+    groups = {g.quant: g for g in groups_of(collect([PUBLISHED / "lenet5_mnist.csv"])) if g.epochs == 20}
     binary, floats = (groups[name] for name in ("xnor", "none"))
     reached = [spread([row["test_top1"] for row in group.rows]) for group in (binary, floats)]
     step = {row["name"]: row for row in rows_of("bench_step_resnet18.csv")}
@@ -152,7 +152,7 @@ def test_the_first_screen_says_what_the_rows_say() -> None:
     kills = json.loads((ROOT / "tests" / "torture" / "figures.json").read_text(encoding="utf-8"))["kills"]
     stages = [float(step["xnor recompute=stages"][key]) for key in ("saved", "time")]
     for line in (
-        f"10 epochs, n = {len(binary.rows)} | {reached[0]} % | float {reached[1]} %; XNOR-Net-PyTorch 99.23 % after 60",
+        f"20 epochs, n = {len(binary.rows)} | {reached[0]} % | float {reached[1]} %; XNOR-Net-PyTorch 99.23 % after 60",
         f"| {float(step['xnor']['time']):.2f} of float32 | XNOR-Net-PyTorch {peer.time:.2f} |",
         f"| {stages[0]:.3f} of float32, at {stages[1]:.2f} of its time | XNOR-Net-PyTorch {peer.saved:.2f} |",
         f"| {float(conv['kernel_speedup']):.1f} times as fast as float32 "

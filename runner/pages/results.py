@@ -51,6 +51,7 @@ def collect(paths: Iterable[Path]) -> list[Row]:
         key=lambda row: (
             row["dataset"],
             row["model"],
+            int(row["epochs"]),
             row["quant"] != "none",
             row["quant"],
             row["settings"],
