@@ -252,7 +252,7 @@ IRRELEVANT = {
     "dataset.arguments": {"root", "download"},
 }
 AS_BEFORE: dict[str, dict[str, Any]] = {  # what every run did before there was a key to say so
-    "trainer": {"backward": "exact"},
+    "trainer": {"backward": "exact", "sync_norm": True},
     "quant.arguments": {"standardise": False, "tau": None, "binary_weights": True},
 }
 

@@ -6,7 +6,8 @@ The first rank chooses the folder and alone writes. What agrees across ranks, an
 
 weights            the same seed, and the gradients that DistributedDataParallel averages (arXiv:2006.15704)
 first-batch steps  LSQ and others: every rank calibrates on the whole first global batch, as a run on one process does
-batch norm         BatchNorm is synced: it normalises by the figures of the global batch (runner/synced_norm.py)
+batch norm         BatchNorm is synced: it normalises by the figures of the global batch (runner/synced_norm.py); with
+                   trainer.sync_norm=false each rank by those of its share
 range BN           per rank: each normalises its share by the ranges of that share
 buffers            those of the first rank, sent to the others before every forward pass
 randomness         a stream of its own a rank, kept in the checkpoint
@@ -69,11 +70,12 @@ class World:
         """What a source has to know."""
         return {"rank": self.place.rank, "world": self.size}
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with gradients averaged over the ranks, its batch norms synced. `model` itself keeps its names."""
+    def wrap(self, model: nn.Module, device: torch.device, sync_norm: bool = True) -> nn.Module:
+        """The model with gradients averaged over the ranks, its batch norms synced or not. `model` itself keeps its names."""
         if self.size == 1:
             return model
-        model = synced_(model, device)
+        if sync_norm:
+            model = synced_(model, device)
         # Without find_unused_parameters the buckets are laid out anew after the first step of a process: with three or more
         # ranks a resumed run would then sum in another order than one that was never stopped.
         self.model = DistributedDataParallel(

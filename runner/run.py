@@ -89,7 +89,7 @@ class Run:
         self.phases, self.data_phases = phases_of(config, self.model)
         refuse_thin_shares(config, self.data_phases, self.world)
         refuse_unfit_images(self.model, self.data_phases, self.data.in_channels, self.data.image_size)
-        self.forward = accelerate(self.world.wrap(self.model, device), config.trainer, device)
+        self.forward = accelerate(self.world.wrap(self.model, device, config.trainer.sync_norm), config.trainer, device)
         self.ema = _average(self.model, config.trainer.ema) if config.trainer.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None

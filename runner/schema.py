@@ -134,6 +134,7 @@ class TrainerConfig(Strict):
     channels_last: bool
     backward: Literal["exact", "bf16"]
     recompute: Literal["none", "blocks", "stages"]
+    sync_norm: bool
     on_nan: Literal["stop", "skip", "lower_lr"]
     checkpoint_every: PositiveInt | Minutes | None
     progress: Literal["auto", "bar", "plain", "none"]

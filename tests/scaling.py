@@ -1,6 +1,7 @@
 """What a second core brings, on a machine that is left alone: python -m tests.scaling [TURNS]
 
-ranks     images/s of ResNet-18 on 2 ranks (a core each) over 1 rank on 1 core, 64 images a rank
+ranks     images/s of ResNet-18 on 2 ranks (a core each) over 1 rank on 1 core, 64 images a rank, each normalising its share
+synced    the same with the batch norms of all ranks synced, which is the default
 apart     the same of two trainings that have nothing to do with each other: more than that, no two ranks can reach here
 jobs      seconds of 4 jobs through joblib with 2 workers over those of the same jobs one by one
 
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,11 +62,12 @@ def images_per_s(place: Path) -> float:
     return float(list(csv.DictReader(path.open(encoding="utf-8")))[-1]["images_per_s"])
 
 
-def ranks(root: Path) -> tuple[float, float]:
+def ranks(root: Path, *, synced: bool = False) -> tuple[float, float]:
     """Images/s of one rank and of two."""
     steps, share = 6, 64
     for count in (1, 2):
         words = [*RESNET, f"dataset.samples={round(steps * share * count / 0.98)}", f"batch_size={share * count}"]
+        words += [f"trainer.sync_norm={str(synced).lower()}"]
         agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
         run([*agent, "-m", "runner", *words], root / str(count), "0,1" if count > 1 else "0")
     return images_per_s(root / "1"), images_per_s(root / "2")
@@ -90,7 +93,12 @@ def jobs(root: Path) -> tuple[float, float]:
 def main(turns: int) -> None:
     rows = []
     for turn in range(turns):
-        for what, measure in (("ranks", ranks), ("apart", apart), ("jobs", jobs)):
+        for what, measure in (
+            ("ranks", ranks),
+            ("synced", partial(ranks, synced=True)),
+            ("apart", apart),
+            ("jobs", jobs),
+        ):
             with tempfile.TemporaryDirectory() as folder:
                 one, two = measure(Path(folder))
             rows.append(

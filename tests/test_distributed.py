@@ -97,6 +97,18 @@ def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_pat
             assert float(one[key]) == pytest.approx(float(other[key]), rel=2e-5)
 
 
+def test_ranks_that_normalise_their_own_share_train_another_curve(tmp_path: Path, launched: Launched) -> None:
+    both = [
+        [*PLAIN, "quant=none", "epochs=2", "batch_size=10", SGD, f"trainer.sync_norm={on}"] for on in ("true", "false")
+    ]
+    done = launched(*({"place": tmp_path, "ranks": 2, "words": words} for words in both))
+    assert [one["codes"] for one in done] == [[0, 0], [0, 0]], said(tmp_path)
+    synced, apart = (rows(folder(tmp_path, words) / "metrics.csv") for words in both)
+    losses = [[float(row["train_loss"]) for row in run] for run in (synced, apart)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=0.3)
+
+
 @pytest.mark.parametrize("quant", ["lsq", "xnor"])
 def test_what_is_set_before_the_first_step_agrees_with_one_process(
     tmp_path: Path, launched: Launched, quant: str
