@@ -70,7 +70,7 @@ class World:
         """What a source has to know."""
         return {"rank": self.place.rank, "world": self.size}
 
-    def wrap(self, model: nn.Module, device: torch.device, sync_norm: bool = True) -> nn.Module:
+    def wrap(self, model: nn.Module, device: torch.device, sync_norm: bool) -> nn.Module:
         """The model with gradients averaged over the ranks, its batch norms synced or not. `model` itself keeps its names."""
         if self.size == 1:
             return model

@@ -72,14 +72,14 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, variance, count = ctx.saved_tensors
+        x, weight, mean, variance, number = ctx.saved_tensors
         backward = torch.ops.aten.native_batch_norm_backward  # as in evaluation: mean and variance held fixed
         _, along, plain = backward(
             g.contiguous(), x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
         )
         sums = gathered(torch.cat([along, plain])).sum(0).view(2, -1)
         scale = weight * (variance + ctx.eps).rsqrt()
-        by_x, constant = -scale * sums / count.to(x.dtype)
+        by_x, constant = -scale * sums / number.to(x.dtype)
         dx = F.batch_norm(x, mean, variance, by_x, constant, eps=ctx.eps)
         return dx.addcmul_(g, scale[:, None]), along, plain, None
 

@@ -124,7 +124,7 @@ class RunPage(Page):
 def make_server(roots: Iterable[Path], address: str, port: int, loop: IOLoop | None = None) -> tuple[Server, Live]:
     """A server that is ready to run. Raises OSError where the port is taken; 0 takes a free one."""
     live = Live(Watch(list(roots)), frozenset(), "" if address in LOOPBACK else secrets.token_urlsafe(24))
-    live.watch.refresh(patience=0.5)
+    live.watch.refresh()
     names = LOOPBACK if address in LOOPBACK else (address,)
     server = Server(
         {"/live": Application(FunctionHandler(live.fill))},

@@ -229,19 +229,24 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     for row in rows:
         model, dataset, epochs, quant, settings = _configuration(row)
         groups.setdefault(_configuration(row), Group(model, dataset, epochs, quant, settings, [])).rows.append(row)
-    floats = [group for group in groups.values() if group.quant == "none"]
-    for number, group in enumerate(groups.values(), 1):
-        group.floats, group.number = _floats_for(group, floats), number
+    _compare_with_floats(list(groups.values()))
     return list(groups.values())
 
 
-def _floats_for(group: Group, floats: Iterable[Group]) -> list[Row]:
-    """The float runs that a group is compared with."""
-    beside = [other for other in floats if other.task == group.task]
-    chosen = [other for other in beside if other.plain]
-    if group.quant != "none":
-        chosen = [other for other in beside if other.training == group.training] or chosen or beside
-    return chosen[0].rows if len(chosen) == 1 else []
+def _compare_with_floats(groups: Sequence[Group]) -> None:
+    """Number the groups, and give each the float runs that it is compared with."""
+    floats: dict[tuple[Any, ...], list[Group]] = {}
+    for group in groups:
+        if group.quant == "none":
+            plain = [("plain", group.task)] if group.plain else []
+            for key in (("alike", group.task, group.training), ("any", group.task), *plain):
+                floats.setdefault(key, []).append(group)
+    for number, group in enumerate(groups, 1):
+        wanted: list[tuple[Any, ...]] = [("plain", group.task)]
+        if group.quant != "none":
+            wanted = [("alike", group.task, group.training), *wanted, ("any", group.task)]
+        chosen = next((floats[key] for key in wanted if key in floats), [])
+        group.floats, group.number = chosen[0].rows if len(chosen) == 1 else [], number
 
 
 def by_task(groups: Sequence[Group]) -> Iterable[tuple[tuple[str, str, int], list[Group]]]:
