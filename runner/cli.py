@@ -77,7 +77,9 @@ def _without_package(error: Exception) -> Exception:
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else "runner"
     if package in OWN:
         return error
-    return MissingInput(f"{package} is not installed; pip install -e . in the project's folder installs what this project needs")
+    return MissingInput(
+        f"{package} is not installed; pip install -e . in the project's folder installs what this project needs"
+    )
 
 
 def _dispatch(words: list[str]) -> int:
