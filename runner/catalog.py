@@ -122,6 +122,13 @@ class _Source:
         return _Source.of(origin[0]).classdef(origin[1]) if origin and ours else None
 
 
+def source_of(plugin: str) -> Path:
+    """Where the code of a plugin lies: its file, or the folder of the whole package that it belongs to."""
+    path = _find(plugin)
+    module = path.parent if path.name == "__init__.py" else path
+    return [module, *module.parents][plugin.count(".")]
+
+
 def _find(module: str) -> Path:
     try:
         spec = importlib.util.find_spec(module)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torchvision
 
+from runner.catalog import ROOT, source_of
 from runner.hoard import keep_memory
 
 DECIDES = ("python", "torch", "torchvision", "device", "cpu", "capability", "threads", "world", "code", "mkldnn")
 
 
-def environment(device: torch.device, world: int = 1) -> dict[str, Any]:
+def environment(device: torch.device, world: int = 1, plugins: Iterable[str] = ()) -> dict[str, Any]:
     """The facts; those named in DECIDES can change the last bits of a result. `world`: processes that train together."""
     return {
         "python": platform.python_version(),
@@ -29,7 +30,7 @@ def environment(device: torch.device, world: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "world": world,
-        "code": code_digest(),
+        "code": code_digest(tuple(plugins)),
         "platform": platform.platform(),
     }
 
@@ -41,12 +42,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def code_digest() -> str:
-    """Twelve hex digits over the source text of runner, models and quant."""
-    root = Path(__file__).resolve().parent.parent
+def code_digest(plugins: tuple[str, ...] = ()) -> str:
+    """Twelve hex digits over the source text of runner, models and quant, and of the plugins with the packages they stand in."""
+    own = (ROOT / folder for folder in ("models", "quant", "runner"))
     digest = hashlib.sha256()
-    for path in sorted(p for folder in ("models", "quant", "runner") for p in (root / folder).rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    for root in (*own, *map(source_of, plugins)):
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            digest.update(str(path.relative_to(root.parent)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

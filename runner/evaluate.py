@@ -139,7 +139,7 @@ def _measured(
         "dataset": config.dataset.name,
         **{f"val_{k}": v for k, v in vars(val).items()},
         **{f"test_{k}": v for k, v in vars(test).items()},
-        "environment": environment(pick_device(config.trainer.device)),
+        "environment": environment(pick_device(config.trainer.device), plugins=config.plugins),
     }
     screen.say(f"validation: loss {val.loss:.4f}, top1 {val.top1:.2f} %, top5 {val.top5:.2f} %")
     screen.say(f"test: loss {test.loss:.4f}, top1 {test.top1:.2f} %, top5 {test.top5:.2f} %")

@@ -69,7 +69,7 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
         device = device_of(_device(config), place)
         prepare(config.seed, config.trainer.threads, device)
         world = join(place, device, partial(folder.status, "preempted", int(Exit.PREEMPTED)))
-        folder.status("running", environment=environment(device, world.size))
+        folder.status("running", environment=environment(device, world.size, config.plugins))
         if world.first:
             write_atomic(path / "config.yaml", _yaml(config), durable=False)
             _lay_down_curve(config, path, screen)

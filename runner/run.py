@@ -67,6 +67,7 @@ class Run:
     ) -> None:
         self.config, self.folder, self.screen, self.stop, self.device = config, folder, screen, stop, device
         self.world = world or World()
+        self.environment = environment(device, self.world.size, config.plugins)
         for key, named in (("pretrained", config.pretrained), ("distill", config.distill)):
             if named is not None:  # told before any data is read
                 refuse_missing(named, key)
@@ -223,8 +224,7 @@ class Run:
 
     def _say_how_exact(self, before: dict[str, Any] | None) -> None:
         """Whether this run, stopped and taken up here, ends with the bits of one that was left alone."""
-        now = environment(self.device, self.world.size)
-        reasons = differences(before or now, now)
+        reasons = differences(before or self.environment, self.environment)
         verdict = f"no, because {'; '.join(reasons)}" if reasons else "yes"
         resumed = f"goes on after step {self.progress.step} of {self.total_steps}; " if before else ""
         self.screen.say(f"{resumed}exact resume: {verdict}")
@@ -243,7 +243,7 @@ class Run:
             "config_hash": config_hash(self.config),
             "config": flat(self.config),
             "data": self.data.fingerprint,
-            "environment": environment(self.device, self.world.size),
+            "environment": self.environment,
             "logs": {name: log.mark() for name, log in self.folder.logs.items()},
         }
         with self.world.pause():

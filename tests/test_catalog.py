@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from runner.catalog import MISSING, catalog
 from runner.compose import conf_folder, config_from
+from runner.environment import code_digest
 from runner.faults import ConfigError
 
 
@@ -215,3 +216,30 @@ def test_a_plugin_that_is_not_there_is_a_fault_of_the_config(plugin: Any, name: 
 def test_plugins_are_a_list_of_names(value: str) -> None:
     with pytest.raises(ConfigError, match=r"plugins(\.0)?: value should be a valid (list|string)"):
         config_from([f"plugins={value}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    {
+        "made_alone": ["made_alone.py"],
+        "made_pack": ["made_pack/__init__.py", "made_pack/helper.py"],
+        "made_pack.inner.module": ["made_pack/__init__.py", "made_pack/inner/module.py", "made_pack/helper.py"],
+        "made_bare.module": ["made_bare/module.py", "made_bare/helper.py"],
+    }.items(),
+)
+def test_the_code_of_a_plugin_decides_whether_resume_is_exact(plugin: Any, name: str, files: list[str]) -> None:
+    for path in (*files, "made_pack/inner/__init__.py", "made_other.py"):
+        plugin(path, "a = 1")
+
+    def digest() -> str:
+        code_digest.cache_clear()
+        return code_digest((name,))
+
+    seen = [digest()]
+    assert seen == [digest()] != [code_digest()]
+    for path in files:
+        plugin(path, "a = 2")
+        seen.append(digest())
+    assert len(set(seen)) == len(seen)
+    plugin("made_other.py", "a = 2")
+    assert digest() == seen[-1]
