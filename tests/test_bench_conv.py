@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from quant import kernels
-from runner.bench.conv import CHANNELS, FILTERS, Shape, formula, options_of, run, shapes_of
+from runner.bench import bench
+from runner.bench.conv import CHANNELS, FILTERS, Shape, formula, plan_of, shapes_of
 from runner.bench.conv_contest import Row
 from runner.bench.conv_report import as_csv, sentences
 from runner.bench.peers import peers
@@ -27,7 +28,7 @@ def test_formula_of_the_paper(shape: tuple[int, int], speedup: float) -> None:
 
 
 def test_every_figure_has_its_shapes() -> None:
-    shapes = shapes_of(options_of([]))
+    shapes = shapes_of(plan_of([]))
     assert [s.in_channels for s in shapes if s.figure == "channels"] == list(CHANNELS) == [2**i for i in range(11)]
     assert [s.kernel for s in shapes if s.figure == "filter"] == list(FILTERS) == list(range(1, 21))
     lenet = {(s.out_channels, s.kernel) for s in shapes if s.figure == "lenet5"}
@@ -45,7 +46,7 @@ def test_products_inside_the_image_are_counted(kernel: int, padding: int) -> Non
 
 def test_wrong_options_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        options_of(["thread=1", "n=0", "path=mmx", "quick=yes"])
+        plan_of(["thread=1", "n=0", "path=mmx", "quick=yes"])
     message = str(caught.value)
     for part in ("thread", "Did you mean 'threads'?", "n: '0'", "'mmx'", "give true or false"):
         assert part in message
@@ -55,7 +56,7 @@ def test_wrong_options_are_named_together() -> None:
 def test_a_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
     try:
-        assert run(["quick=true", "peers=true", f"outputs={tmp_path}"]) == 0
+        assert bench(["conv", "quick=true", "peers=true", f"outputs={tmp_path}"]) == 0
     finally:
         torch.set_num_threads(before)
     folder = tmp_path / "bench"

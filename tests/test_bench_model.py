@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runner.bench import bench
 from runner.bench.footprint import footprint
-from runner.bench.model import plan_of, run
+from runner.bench.model import plan_of
 from runner.faults import ConfigError, MissingInput
 
 SMALL = ["model=lenet5", "dataset=digits", "n=1", "batch=1,2", "memory=false"]
@@ -17,7 +18,7 @@ SMALL = ["model=lenet5", "dataset=digits", "n=1", "batch=1,2", "memory=false"]
 def test_a_network_is_measured_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
     try:
-        assert run([*SMALL, f"outputs={tmp_path}"]) == 0
+        assert bench(["model", *SMALL, f"outputs={tmp_path}"]) == 0
     finally:
         torch.set_num_threads(before)
     stem = tmp_path / "bench" / "model-lenet5-xnor-threads1"
@@ -26,7 +27,11 @@ def test_a_network_is_measured_layer_by_layer(tmp_path: Path, capsys: pytest.Cap
     for race in stored["races"]:
         assert race["speedup"]["median"] == pytest.approx(race["float_ms"] / race["packed_ms"])  # one turn
     assert stored["largest_difference"] < 1e-4
-    layers = list(csv.DictReader(stem.with_suffix(".csv").open()))
+    whole = list(csv.DictReader(stem.with_suffix(".csv").open()))
+    assert [float(row["times float32"]) for row in whole] == [
+        round(race["speedup"]["median"], 2) for race in stored["races"]
+    ]
+    layers = list(csv.DictReader(stem.with_name(f"{stem.name}-layers.csv").open()))
     assert [row["kind"] for row in layers if row["kind"].startswith("sign_")] == ["sign_conv2d", "sign_linear"]
     assert all(float(row["packed, us"]) > 0 for row in layers)
     page, shown = stem.with_suffix(".html").read_text(), capsys.readouterr().out

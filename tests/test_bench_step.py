@@ -11,8 +11,8 @@ from browser import Browser
 from conftest import Runner
 
 from quant.saved import saved_bytes_per_sample
-from runner.bench.contest import Row, Step, measure, peak_on_cpu
 from runner.bench.step import COMPILED, plan_of
+from runner.bench.step_contest import Row, Step, measure, peak_on_cpu
 from runner.bench.step_report import report
 from runner.build import build
 from runner.cli import run
@@ -138,4 +138,4 @@ def test_ratios_are_taken_to_the_named_base(tmp_path: Path) -> None:
     by_name: dict[str, Row] = {row.name: row for row in rows}
     assert by_name["lsq batch_size=8"].against == "batch_size=8"
     assert by_name["batch_size=8"].saved_bytes > by_name["batch_size=4"].saved_bytes
-    report(plan, rows, facts)
+    report(plan, (rows, facts), ["bench", "step"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.bench.contest import Step
+from runner.bench.step_contest import Step
 from runner.build import build
 from runner.cli import run
 from runner.columns import EXPECTED

@@ -177,7 +177,7 @@ def test_what_is_said_of_packed_inference_is_in_the_rows() -> None:
     low, high = min(times["bnn-lab"]), max(times["bnn-lab"])
     (larq,) = {round(value) for value in times["larq-compute-engine"]}
     assert f"kernel takes {low:.0f} to {high:.0f} times as long, Larq Compute Engine's {larq} times" in README
-    layers = rows_of("bench_model_resnet18.csv")
+    layers = rows_of("bench_model_resnet18_layers.csv")
     whole, packed = (sum(float(row[f"{kind}, us"] or 0) for row in layers) for kind in ("float32", "packed"))
     assert f"{whole / packed:.1f} times in sum" in README
 

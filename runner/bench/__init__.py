@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from runner.faults import ConfigError, Fault, nearest
+from runner.faults import ConfigError, Exit, Fault, nearest
 
 KINDS = {
     "step": "one training step of every quantizer: time, bytes saved for backward, peak memory",
@@ -13,9 +13,12 @@ KINDS = {
 
 
 def bench(words: Sequence[str]) -> int:
-    """Measure one of `KINDS`; its figures are printed and written as CSV, JSON and a page."""
+    """Measure one of `KINDS`: the words become a plan, the plan figures, the figures a table, CSV, JSON and a page."""
     kind = words[0] if words else ""
     if kind not in KINDS:
         listed = "; ".join(f"{name}: {meaning}" for name, meaning in KINDS.items())
         raise ConfigError([Fault("bench", f"say which: bench step|conv|model.{nearest(kind, list(KINDS))} {listed}")])
-    return int(import_module(f"runner.bench.{kind}").run(list(words[1:])))
+    plan = import_module(f"runner.bench.{kind}").plan_of(words[1:])
+    result = import_module(f"runner.bench.{kind}_contest").measure(plan)
+    import_module(f"runner.bench.{kind}_report").report(plan, result, ["python", "-m", "runner", "bench", *words])
+    return int(Exit.DONE)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.faults import ConfigError, Exit, Fault, nearest
+from runner.faults import ConfigError, Fault, nearest
 
 CHANNELS = tuple(2**i for i in range(11))
 FILTERS = tuple(range(1, 21))
@@ -57,7 +57,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Options:
+class Plan:
     """What the command line says."""
 
     n: int = 15
@@ -81,13 +81,13 @@ def formula(channels: int, kernel: int, rate: float = PAPER_RATE) -> float:
     return rate * products / (products + rate)
 
 
-def shapes_of(options: Options) -> list[Shape]:
+def shapes_of(plan: Plan) -> list[Shape]:
     """All that is measured: Fig. 4 b and c, LeNet-5's second convolution (20 channels, 12 x 12), and the rows to be quoted."""
-    batch, path = options.batch, options.path
-    channels = (32, 256) if options.quick else CHANNELS
-    filters = (1, 3) if options.quick else FILTERS
-    outputs, lenet = ((10,), (5,)) if options.quick else (LENET_OUTPUTS, LENET_FILTERS)
-    quoted = [] if options.quick else _quoted(path)
+    batch, path = plan.batch, plan.path
+    channels = (32, 256) if plan.quick else CHANNELS
+    filters = (1, 3) if plan.quick else FILTERS
+    outputs, lenet = ((10,), (5,)) if plan.quick else (LENET_OUTPUTS, LENET_FILTERS)
+    quoted = [] if plan.quick else _quoted(path)
     return [
         *(Shape("channels", c, 256, 14, 3, 1, batch, path=path) for c in channels),
         *(Shape("filter", 256, 256, 14, k, k // 2, batch, path=path) for k in filters),
@@ -102,22 +102,8 @@ def _quoted(path: str | None) -> list[Shape]:
     return [*rows, *([] if path else [Shape("quoted", *QUOTED, 1, "channels_last", "avx2")])]
 
 
-def run(words: Sequence[str]) -> int:
-    """Measure, print, and write CSV, JSON and a page into outputs/bench."""
-    options = options_of(words)
-    from quant import kernels
-
-    if (reason := kernels.why_not()) is not None:
-        raise ConfigError([Fault("bench conv", reason)])
-    from runner.bench.conv_contest import measure
-    from runner.bench.conv_report import report
-
-    report(options, *measure(options), ["bench", "conv", *words])
-    return int(Exit.DONE)
-
-
-def options_of(words: Sequence[str]) -> Options:
-    """Read `key=value` words. Raises ConfigError for all that is wrong with them."""
+def plan_of(words: Sequence[str]) -> Plan:
+    """Read `key=value` words. Raises ConfigError for all that is wrong with them, or where no kernel runs."""
     kinds: dict[str, Callable[[str], Any]] = {
         "n": _count,
         "batch": _count,
@@ -142,7 +128,11 @@ def options_of(words: Sequence[str]) -> Options:
             faults.append(Fault(key, str(error)))
     if faults:
         raise ConfigError(faults)
-    return Options(**({"n": 1} if values.get("quick") else {}) | values)
+    from quant import kernels  # loads torch, so after everything that can be wrong with the words
+
+    if (reason := kernels.why_not()) is not None:
+        raise ConfigError([Fault("bench conv", reason)])
+    return Plan(**({"n": 1} if values.get("quick") else {}) | values)
 
 
 def _count(value: str) -> int:

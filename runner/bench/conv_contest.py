@@ -16,7 +16,7 @@ from quant import kernels
 from quant.kernels.layers import prepared
 from quant.kernels.limit import float_limit_loop, limit_loop
 from quant.kernels.machine import Processor, processors
-from runner.bench.conv import Options, Shape, formula, shapes_of
+from runner.bench.conv import Plan, Shape, formula, shapes_of
 from runner.bench.floats import float_convolutions
 from runner.bench.timing import Action, Times, ratio, take_turns
 from runner.environment import environment
@@ -64,36 +64,39 @@ class Row:
     alpha_over_best: float
 
 
-def measure(options: Options) -> tuple[list[Row], dict[str, Any]]:
+Result = tuple[list[Row], dict[str, Any]]
+
+
+def measure(plan: Plan) -> Result:
     """All shapes, and the facts that belong to them."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(plan.threads)
     torch.manual_seed(0)
-    shapes = [shape for shape in shapes_of(options) if shape.path is None or shape.path in processors()]
+    shapes = [shape for shape in shapes_of(plan) if shape.path is None or shape.path in processors()]
     with torch.inference_mode():
-        facts = environment(torch.device("cpu")) | _limits(options)
-        rows = [_row(shape, options, facts["limit_ratio"]) for shape in shapes]
-    if not options.quick:
+        facts = environment(torch.device("cpu")) | _limits(plan)
+        rows = [_row(shape, plan, facts["limit_ratio"]) for shape in shapes]
+    if not plan.quick:
         facts |= _first_calls()
-    if options.peers:
+    if plan.peers:
         from runner.bench.peers import peers
 
-        facts["peers"] = peers(options.threads, options.n)
+        facts["peers"] = peers(plan.threads, plan.n)
     return rows, facts
 
 
-def _limits(options: Options) -> dict[str, float]:
+def _limits(plan: Plan) -> dict[str, float]:
     """What this processor can do without any memory, on one thread, in 1e9 products a second."""
-    (signs, sign_macs), (floats, float_macs) = limit_loop(_processor(options.path)), float_limit_loop()
-    times = take_turns({"signs": signs, "floats": floats}, turns=max(options.n, 3), warmup=3, shortest=TURN)
+    (signs, sign_macs), (floats, float_macs) = limit_loop(_processor(plan.path)), float_limit_loop()
+    times = take_turns({"signs": signs, "floats": floats}, turns=max(plan.n, 3), warmup=3, shortest=TURN)
     rates = {"sign_limit": sign_macs / _median(times["signs"]), "float_limit": float_macs / _median(times["floats"])}
     ratios = ratio(times["floats"].wall, times["signs"].wall).median * sign_macs / float_macs
     return {name: rate / 1e9 for name, rate in rates.items()} | {"limit_ratio": ratios}
 
 
-def _row(shape: Shape, options: Options, limit_ratio: float) -> Row:
-    floats, packed = _contestants(shape, options.threads)
+def _row(shape: Shape, plan: Plan, limit_ratio: float) -> Row:
+    floats, packed = _contestants(shape, plan.threads)
     loop, loop_macs = limit_loop(_processor(shape.path))
-    times = take_turns(floats | packed | {"limit": loop}, turns=options.n, warmup=3, shortest=TURN)
+    times = take_turns(floats | packed | {"limit": loop}, turns=plan.n, warmup=3, shortest=TURN)
     us = {name: 1e6 * _median(time) for name, time in times.items()}
     best = min(floats, key=us.__getitem__)
     base = times["torch"].wall
@@ -104,8 +107,8 @@ def _row(shape: Shape, options: Options, limit_ratio: float) -> Row:
         shape.path or processors()[0], shape.macs, formula(shape.in_channels, shape.kernel),
         formula(shape.in_channels, shape.kernel, limit_ratio), us["torch"], best, us[best], us["kernel"], us["call"], us["alpha"],
         us["alpha_k"], shape.macs / us["torch"] / 1e3, shape.macs / us["kernel"] / 1e3,
-        options.threads * loop_macs / us["limit"] / 1e3, of_limit * shape.macs / loop_macs / options.threads,
-        of_limit * shape.macs_inside / loop_macs / options.threads,
+        plan.threads * loop_macs / us["limit"] / 1e3, of_limit * shape.macs / loop_macs / plan.threads,
+        of_limit * shape.macs_inside / loop_macs / plan.threads,
         kernel.median, kernel.low, kernel.high, call.median, alpha.median, alpha.low, alpha.high, alpha_k.median,
         ratio(times[best].wall, times["kernel"].wall).median, ratio(times[best].wall, times["alpha"].wall).median,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.bench.conv import QUOTED, Options
+from runner.bench.conv import QUOTED, Plan
 from runner.bench.conv_figures import speedups
 from runner.bench.page import Charts, facts_table, write_bench_page
 from runner.files import write_atomic, write_json
@@ -16,7 +16,7 @@ from runner.pages.page import Column, table, text
 from runner.screen import Screen
 
 if TYPE_CHECKING:
-    from runner.bench.conv_contest import Row
+    from runner.bench.conv_contest import Result, Row
 
 COLUMNS = {
     "measured for": "figure",
@@ -56,13 +56,14 @@ WIDTHS = {
 }
 
 
-def report(options: Options, rows: Sequence["Row"], facts: dict[str, Any], command: Sequence[str]) -> None:
+def report(plan: Plan, result: "Result", command: Sequence[str]) -> None:
     """Show the rows and write them into outputs/bench."""
-    screen, folder = Screen("plain"), Path(options.outputs) / "bench"
+    rows, facts = result
+    screen, folder = Screen("plain"), Path(plan.outputs) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"conv-batch{options.batch}-threads{options.threads}" + (f"-{options.path}" if options.path else "")
+    stem = f"conv-batch{plan.batch}-threads{plan.threads}" + (f"-{plan.path}" if plan.path else "")
     title = "Packed binary convolution"
-    subtitle = f"{options.threads} thread(s) of {facts['cpu']}, torch {facts['torch']}, batch {options.batch}, {options.n} turns"
+    subtitle = f"{plan.threads} thread(s) of {facts['cpu']}, torch {facts['torch']}, batch {plan.batch}, {plan.n} turns"
     shown = [_shown(row) for row in rows]
     columns = [
         column
@@ -74,11 +75,10 @@ def report(options: Options, rows: Sequence["Row"], facts: dict[str, Any], comma
     story = sentences(rows, facts)
     for sentence in story:
         screen.say(sentence)
-    full = ["python", "-m", "runner", *command]
     write_atomic(folder / f"{stem}.csv", as_csv(rows).encode(), durable=False)
-    record = {"command": full, "facts": facts, "story": story, "rows": [asdict(row) for row in rows]}
+    record = {"command": command, "facts": facts, "story": story, "rows": [asdict(row) for row in rows]}
     write_json(folder / f"{stem}.json", record)
-    path = _page(folder / f"{stem}.html", title, subtitle, rows, facts | {"command": shlex.join(full)}, story)
+    path = _page(folder / f"{stem}.html", title, subtitle, rows, facts | {"command": shlex.join(command)}, story)
     screen.say(f"written: {path.resolve()}, and .csv and .json beside it")
 
 

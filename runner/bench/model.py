@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.compose import split_options
-from runner.faults import ConfigError, Exit, Fault, refuse_missing
+from runner.faults import ConfigError, Fault, refuse_missing
 
 USUAL = ("model=resnet18", "quant=xnor", "dataset=synthetic")
 OWN = {"n": "9", "batch": "1,64", "threads": "1", "memory": "true"}
@@ -28,17 +28,6 @@ class Plan:
     memory: bool
     words: list[str]  # of a run: model=, quant=, checkpoint= …
     config_dirs: list[str]
-    command: list[str]
-
-
-def run(words: Sequence[str]) -> int:
-    """Measure, print, and write CSV, JSON and a page into outputs/bench."""
-    plan = plan_of(words)
-    from runner.bench.model_contest import measure
-    from runner.bench.model_report import report
-
-    report(plan, measure(plan))
-    return int(Exit.DONE)
 
 
 def plan_of(words: Sequence[str]) -> Plan:
@@ -62,5 +51,4 @@ def plan_of(words: Sequence[str]) -> Plan:
     if given is None:
         rest = [*(word for word in USUAL if word.partition("=")[0] not in keys), *rest]
     batches = tuple(int(batch) for batch in own["batch"].split(","))
-    command = ["python", "-m", "runner", "bench", "model", *words]
-    return Plan(int(own["n"]), batches, int(own["threads"]), own["memory"] == "true", rest, config_dirs, command)
+    return Plan(int(own["n"]), batches, int(own["threads"]), own["memory"] == "true", rest, config_dirs)

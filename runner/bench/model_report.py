@@ -51,7 +51,7 @@ MEMORY_MEANING = (
 )
 
 
-def report(plan: Plan, result: "Result") -> None:
+def report(plan: Plan, result: "Result", command: Sequence[str]) -> None:
     """Show the tables and write them into outputs/bench."""
     config, screen = result.config, Screen("plain")
     folder = Path(config.outputs) / "bench"
@@ -71,10 +71,9 @@ def report(plan: Plan, result: "Result") -> None:
         screen.table(heading, list(columns), [[row[key] for key in columns.values()] for row in rows])
     for sentence in story:
         screen.say(sentence)
-    write_atomic(folder / f"{stem}.csv", _csv(LAYER, layers).encode(), durable=False)
-    record = {"command": plan.command, "facts": facts, "story": story, **asdict(result)} | {
-        "config": config.model_dump()
-    }
+    write_atomic(folder / f"{stem}.csv", _csv(RACE, races).encode(), durable=False)
+    write_atomic(folder / f"{stem}-layers.csv", _csv(LAYER, layers).encode(), durable=False)
+    record = {"command": command, "facts": facts, "story": story, **asdict(result)} | {"config": config.model_dump()}
     write_json(folder / f"{stem}.json", record)
     sections = [
         *(f"<p>{text(sentence)}</p>" for sentence in story),
@@ -86,10 +85,10 @@ def report(plan: Plan, result: "Result") -> None:
         f"<h2>Where the time goes</h2>{_table(KIND, kinds, 'Batch 1, by kind of operation')}",
         f"<details><summary>Layer by layer</summary>{_table(LAYER, layers, 'Batch 1, medians of walks', tall=True)}</details>",
         f"<h2>Memory</h2><p>{text(MEMORY_MEANING)}</p>{_table(MEMORY, memory, 'Bytes')}",
-        facts_table(facts | {"command": shlex.join(plan.command)}),
+        facts_table(facts | {"command": shlex.join(command)}),
     ]
     path = write_bench_page(folder / f"{stem}.html", title, subtitle, sections, charts)
-    screen.say(f"written: {path.resolve()}, .csv (layer by layer) and .json beside it")
+    screen.say(f"written: {path.resolve()}, beside it .csv, -layers.csv and .json")
 
 
 def sentences(result: "Result") -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from runner.compose import choices_of, config_from, expand, split_options
-from runner.faults import ConfigError, Exit, Fault, refuse
+from runner.faults import ConfigError, Fault, refuse
 from runner.schema import RunConfig
 
 TURNS = 9
@@ -48,21 +48,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everybody who takes part, float32 first, how many turns each has, and the command."""
+    """Everybody who takes part, float32 first, and how many turns each has."""
 
     contenders: list[Contender]
     turns: int
-    command: list[str]
-
-
-def run(words: Sequence[str]) -> int:
-    """Measure, print the table, and write CSV, JSON and a page."""
-    plan = plan_of(words)
-    from runner.bench.contest import measure
-    from runner.bench.step_report import report
-
-    report(plan, *measure(plan))
-    return int(Exit.DONE)
 
 
 def plan_of(words: Sequence[str]) -> Plan:
@@ -79,7 +68,7 @@ def plan_of(words: Sequence[str]) -> Plan:
     base = shlex.split(" ".join(own["base"]))
     contenders = _contenders(lines, base, config_dirs)
     _refuse_mixed([contender.config for contender in contenders])
-    return Plan(contenders, int(turns), ["bench", "step", *words])
+    return Plan(contenders, int(turns))
 
 
 def network(words: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from runner.pages.page import NOTHING, Column, table
 from runner.screen import Screen
 
 if TYPE_CHECKING:
-    from runner.bench.contest import Row
+    from runner.bench.step_contest import Result, Row
 
 COLUMNS = {
     "": "name",
@@ -37,8 +37,9 @@ MEANING = (
 )
 
 
-def report(plan: Plan, rows: Sequence["Row"], facts: dict[str, Any]) -> None:
+def report(plan: Plan, result: "Result", command: Sequence[str]) -> None:
     """Show the rows and write them into outputs/bench."""
+    rows, facts = result
     screen, folder = Screen("plain"), Path(plan.contenders[0].config.outputs) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"step-{facts['model']}-{facts['batch']}-{'cpu' if facts['device'] == 'cpu' else 'gpu'}"
@@ -51,7 +52,6 @@ def report(plan: Plan, rows: Sequence["Row"], facts: dict[str, Any]) -> None:
     peers = [[peer.name, _or_nothing(peer.time), _or_nothing(peer.saved), peer.source] for peer in PEERS]
     screen.table(f"Literature, not measured here: {CONDITIONS}", ["", "time", "saved", "source"], peers)
     write_atomic(folder / f"{stem}.csv", _as_csv(rows).encode(), durable=False)
-    command = ["python", "-m", "runner", *plan.command]
     record = {
         "command": command,
         "facts": facts,

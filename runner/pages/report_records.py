@@ -19,7 +19,8 @@ KINDS = {
     "conv": {"figure", "kernel_speedup", "limit_rate"},
     "step": {"time_low", "saved", "peak"},
     "peers": {"rate", "ours_over_it"},
-    "model": {"packed, us", "float32, us"},
+    "network": {"batch", "packed, ms", "times float32"},
+    "layers": {"packed, us", "float32, us"},
     "scaling": {"what", "turn", "one", "two", "ratio"},
 }
 Record = dict[str, Any]  # kind, name, rows, and facts where they are known
@@ -77,6 +78,9 @@ def record_tables(record: Record) -> Iterable[Table]:
             [r["name"], r["shape"], f"{r['rate']:.0f}", f"{r['ours']:.0f}", f"{r['ours_over_it']:.1f}"] for r in rows
         ]
         yield Table(name, headings, lines)
+    elif record["kind"] == "network":
+        headings = ["images", "float32, ms", "packed, ms", "times float32", "quartiles", "times the faster float32"]
+        yield Table(name, headings, [[f"{r['batch']:.0f}", *(str(r[key]) for key in headings[1:])] for r in rows])
     elif record["kind"] == "scaling":
         headings = ["what", "turns", "alone or one by one", "two at once", "ratio, median [least, most]"]
         yield Table(name, headings, [_scaling_line(what, rows) for what in dict.fromkeys(row["what"] for row in rows)])

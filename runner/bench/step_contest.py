@@ -52,7 +52,10 @@ class Row:
     peak_bytes: int
 
 
-def measure(plan: Plan) -> tuple[list[Row], dict[str, Any]]:
+Result = tuple[list[Row], dict[str, Any]]
+
+
+def measure(plan: Plan) -> Result:
     """The rows, float32 first, and what the numbers depend on."""
     first, screen = plan.contenders[0].config, Screen("plain")
     try:
