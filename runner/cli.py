@@ -86,7 +86,7 @@ def _dispatch(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         from runner.help import print_help
 
-        return print_help()
+        return print_help({name: meaning for name, (_, meaning) in VERBS.items()})
     if _is_sweep(words):
         from runner.sweep import sweep
 

@@ -1,11 +1,11 @@
 """`--help`: what a person needs to begin, made from conf/ itself."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from runner.cli import VERBS
 from runner.compose import choices_of, conf_folder
 
 EXAMPLES = [
@@ -22,13 +22,13 @@ EXAMPLES = [
 ]
 
 
-def print_help() -> int:
+def print_help(verbs: Mapping[str, str]) -> int:
     """Usage, choices, examples."""
     console = Console(highlight=False, soft_wrap=True)
     console.print("usage: python -m runner \\[verb] \\[key=value …] \\[-m] \\[--config-dir DIR]\n", markup=True)
     console.print("Trains and measures quantized and binary networks from configs.\n")
     console.print("[bold]Verbs[/bold]")
-    for name, (_, meaning) in VERBS.items():
+    for name, meaning in verbs.items():
         console.print(Text(f"  {name:<11}{meaning}"))
     console.print("\n[bold]Choices[/bold] (group=name; every file says what its keys mean)")
     for group, names in choices_of().items():

@@ -27,10 +27,11 @@ from runner.log import cell
 from runner.pages.records import complete_lines
 from runner.parent import VARIABLE
 from runner.screen import Screen
-from runner.search import LOOK_EVERY, Options
+from runner.search_options import Options
 from runner.search_space import chosen, words_of
 
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+LOOK_EVERY = 0.5  # seconds between two looks at the runs under way
 KILLS = 3  # a run that was killed so often is given up
 
 

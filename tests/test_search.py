@@ -15,7 +15,7 @@ import yaml
 
 from runner.compose import config_from
 from runner.faults import ConfigError
-from runner.search import Options, options_of
+from runner.search_options import Options, options_of
 from runner.search_space import Search, _written, chosen, read_search, searches, words_of
 from tests.conftest import ROOT
 from tests.torture.commands import finished, start
