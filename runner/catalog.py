@@ -21,7 +21,7 @@ REGISTERS = {
     "quant.base.register": "quant",
     "quant.classifier.register": "classifier",
     "quant.regularizer.register": "regularizer",
-    "runner.datasets.register": "dataset",
+    "runner.data.datasets.register": "dataset",
 }
 GIVEN = {"in_channels", "num_classes", "image_size"}  # arguments of models that come from the data set
 MISSING = object()
@@ -72,7 +72,7 @@ def _own_modules() -> Iterable[str]:
     for folder in ("models", "quant"):
         for path in sorted((ROOT / folder).glob("*.py")):
             yield f"{folder}.{path.stem}"
-    yield "runner.datasets"
+    yield "runner.data.datasets"
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ from contextlib import suppress
 from importlib import import_module
 
 from runner.faults import ConfigError, Exit, Fault, MissingInput, exit_code, nearest
-from runner.parent import end_with_the_launcher
+from runner.sweeps.parent import end_with_the_launcher
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("runner.verbs:train", "train one configuration (what happens without a verb)"),
     "evaluate": ("runner.verbs:evaluate", "measure a stored model: evaluate checkpoint=PATH (= mode=evaluate)"),
-    "search": ("runner.search:search", "look for the best settings: search sweep=NAME (needs the extra 'search')"),
+    "search": (
+        "runner.sweeps.search:search",
+        "look for the best settings: search sweep=NAME (needs the extra 'search')",
+    ),
     "verify": ("runner.verify:verify", "prove the mathematics of every quantizer, or of quant=NAME"),
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
     "report": (
@@ -88,11 +91,11 @@ def _dispatch(words: list[str]) -> int:
 
         return print_help({name: meaning for name, (_, meaning) in VERBS.items()})
     if _is_sweep(words):
-        from runner.sweep import sweep
+        from runner.sweeps.sweep import sweep
 
         return sweep(words)
     if HYDRA & {word.partition("=")[0] for word in words}:
-        from runner.sweep import hand_to_hydra
+        from runner.sweeps.sweep import hand_to_hydra
 
         return hand_to_hydra(words)
     if words and words[0].isidentifier() and words[0] not in VERBS:

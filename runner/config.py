@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, create_model
 
 from runner.catalog import MISSING, Component, catalog
-from runner.dataset_files import missing
+from runner.data.locations import missing
 from runner.faults import ConfigError, Fault, nearest, shortened
 from runner.relations import relation_faults
 from runner.schema import (

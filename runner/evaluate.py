@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quant.inference import BadPackedFile, PackedModel, looks_packed
 from runner.build import build, phases_of
 from runner.config import check
-from runner.data import Data, load
+from runner.data.load import Data, load
 from runner.environment import environment, pick_device, prepare
 from runner.faults import BadData, ConfigError, Fault, MissingInput
 from runner.files import write_json

@@ -17,16 +17,16 @@ from quant.saved import saved_bytes_per_sample
 from runner.columns import LAYERS
 from runner.config import config_hash, flat
 from runner.cost import Cost, cost_of
-from runner.distributed import World, device_of, join
 from runner.environment import environment, peak_memory_bytes, pick_device, prepare
 from runner.faults import ConfigError, Diverged, Exit, Fault, Preempted, StorageError, exit_code
 from runner.files import write_atomic, write_json
 from runner.folder import RunFolder, done_already, run_path
 from runner.log import cell
-from runner.meeting import RankLost
 from runner.pages.command import open_live
 from runner.preflight import refuse_misfits
-from runner.ranks import Place, folder_for
+from runner.ranks.distributed import World, device_of, join
+from runner.ranks.meeting import RankLost
+from runner.ranks.place import Place, folder_for
 from runner.regime import too_late
 from runner.run import Run
 from runner.schema import RunConfig

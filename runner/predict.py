@@ -44,9 +44,9 @@ def _image(path: Path, model: "PackedModel") -> "Tensor":
     """One image as the network takes it: its central square at the side of the training images, normalised, resized."""
     import torch
 
-    from runner.augment import Normalise, resize
-    from runner.datasets import Files
-    from runner.decode import BadImageError, opened, to_array
+    from runner.data.augment import Normalise, resize
+    from runner.data.datasets import Files
+    from runner.data.decode import BadImageError, opened, to_array
 
     take = model.preprocessing
     one = Files(path.parent, "predict", (path.name,), torch.zeros(1, dtype=torch.int64))

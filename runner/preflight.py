@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.build import build, phases_of, regularizer_of, watch
-from runner.dataset_files import shape
+from runner.data.locations import shape
 from runner.faults import ConfigError, Fault
 from runner.regime import data_setting_at
 from runner.schema import DataPhase, RunConfig

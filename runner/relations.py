@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from runner.catalog import Component
-from runner.dataset_files import train_samples
+from runner.data.locations import train_samples
 from runner.faults import Fault, nearest
 from runner.schema import COMMON, OPTIMIZERS, DataPhase, DatasetConfig, Phase, Schedule, Value
 

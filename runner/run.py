@@ -16,8 +16,7 @@ from runner.accelerate import accelerate
 from runner.build import asking, build, phases_of, regularizer_of, watch
 from runner.checkpoint import Checkpoints
 from runner.config import config_hash, flat
-from runner.data import Data, load
-from runner.distributed import Share, World, seed_rank
+from runner.data.load import Data, load
 from runner.environment import differences, environment
 from runner.faults import BadData, ConfigError, Diverged, Fault, Preempted, refuse_missing
 from runner.folder import RunFolder
@@ -26,6 +25,7 @@ from runner.hoard import Hoard
 from runner.objective import Alphas, Objective, mix
 from runner.optim import optimizer_for
 from runner.preflight import refuse_unfit_images
+from runner.ranks.distributed import Share, World, seed_rank
 from runner.regime import Clock, Setting, data_setting_at, setting_at
 from runner.schema import DataPhase, RunConfig
 from runner.screen import Screen

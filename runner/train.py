@@ -14,17 +14,17 @@ from torch.optim.swa_utils import AveragedModel
 from quant.regularizer import Penalty
 from quant.surgery import quantized_layers
 from runner.accelerate import accelerate
-from runner.distributed import Share, World
+from runner.data.sources import Source
 from runner.faults import Preempted
 from runner.health import gradient_norms
 from runner.nonfinite import Sentry
 from runner.objective import Objective, likeliest
 from runner.optim import optimizer_for
+from runner.ranks.distributed import Share, World
 from runner.regime import Setting
 from runner.rows import Result, write_epoch
 from runner.run import Run
 from runner.schema import RunConfig
-from runner.sources import Source
 
 
 def fit(run: Run) -> None:

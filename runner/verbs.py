@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.compose import Composition, checked, compose_words, config_from, keys_of, split_options
-from runner.dataset_files import train_samples
+from runner.data.locations import train_samples
 from runner.faults import ConfigError, Exit, Fault, Preempted, refuse_missing
 from runner.folder import done_already, run_path
-from runner.ranks import Place, folder_for
+from runner.ranks.place import Place, folder_for
 from runner.regime import timeline
 from runner.schema import RunConfig
 from runner.screen import Screen

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from runner import dataset_files
+from runner.data import locations
 from runner.schema import DatasetConfig
 
 CONF = Path(__file__).parent.parent / "conf" / "dataset"
@@ -58,7 +58,7 @@ def write_mnist(root: Path, train: int = 50, test: int = 20, folder: str = "MNIS
 
 def write_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch, archive: bool = False) -> None:
     """The original's pickles with made images; the checksums that are expected become those of the files made."""
-    files = dataset_files.CIFAR[name]
+    files = locations.CIFAR[name]
     folder = root / files.folder
     folder.mkdir(parents=True)
     classes = 10 if name == "cifar10" else 100

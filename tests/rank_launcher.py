@@ -19,13 +19,13 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-import runner.watchdog
+import runner.ranks.watchdog
 from runner.compose import config_from, split_options
-from runner.distributed import World
 from runner.faults import exit_code
 from runner.folder import run_path
 from runner.job import train
-from runner.parent import end_with_parent
+from runner.ranks.distributed import World
+from runner.sweeps.parent import end_with_parent
 
 LIMIT = 90.0  # seconds for one launch
 
@@ -40,7 +40,7 @@ def rank(launch: dict[str, Any], number: int, port: int) -> int:
     """The life of one rank."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(launch["ranks"])}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    runner.watchdog.PATIENCE = launch.get("patience", runner.watchdog.PATIENCE)
+    runner.ranks.watchdog.PATIENCE = launch.get("patience", runner.ranks.watchdog.PATIENCE)
     if "at" in launch and number in launch["to"]:
         stop_at(launch["at"])
     log = os.open(f"rank-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

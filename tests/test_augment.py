@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.augment import (
+from runner.data.augment import (
     Augment,
     Draw,
     Normalise,

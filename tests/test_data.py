@@ -19,11 +19,11 @@ import torch
 from made_data import dataset_config, dataset_keys, write_cifar, write_images, write_mnist
 from PIL import Image
 
-from runner import decode
-from runner.data import Data, load
-from runner.dataset_files import train_samples
+from runner.data import decode
+from runner.data.load import Data, load
+from runner.data.locations import train_samples
+from runner.data.sources import MemorySource, Source, StreamSource
 from runner.faults import BadData, ConfigError
-from runner.sources import MemorySource, Source, StreamSource
 
 CPU = torch.device("cpu")
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -274,7 +274,7 @@ def test_images_that_are_not_square_need_a_size(tmp_path: Path) -> None:
 
 
 def test_auto_streams_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.data.IN_MEMORY", 1000)
+    monkeypatch.setattr("runner.data.load.IN_MEMORY", 1000)
     made = images(tmp_path / "tree", input_size=16)
     assert isinstance(made.train, StreamSource)
 
@@ -311,7 +311,7 @@ import os, signal, sys
 sys.path[:0] = sys.argv[2:]
 from made_data import dataset_config
 import torch
-from runner.data import load
+from runner.data.load import load
 keys = {"root": sys.argv[1], "memory": "never", "input_size": 16, "workers": 2, "cache": None}
 data = load(dataset_config("folder", **keys), device=torch.device("cpu"))
 signal.signal(signal.SIGTERM, lambda *_: print("signalled"))
@@ -537,7 +537,7 @@ def test_a_damaged_or_stale_cache_is_made_again(
 ) -> None:
     cached(tmp_path)
     damage(tmp_path)
-    with caplog.at_level(logging.INFO, "runner.decode"):
+    with caplog.at_level(logging.INFO, "runner.data.decode"):
         made = cached(tmp_path)
     assert decoder.calls == 32 + 24, "the training images once more"
     assert "again" in caplog.text

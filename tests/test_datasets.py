@@ -18,9 +18,9 @@ import torch
 from made_data import dataset_keys, random_images, write_cifar, write_idx, write_images, write_mnist
 from PIL import Image
 
-from runner import dataset_files, datasets
-from runner.dataset_files import missing, train_samples
-from runner.datasets import Files, Images, Pixels, balanced_order, reader
+from runner.data import datasets, locations
+from runner.data.datasets import Files, Images, Pixels, balanced_order, reader
+from runner.data.locations import missing, train_samples
 from runner.faults import BadData, MissingInput
 
 
@@ -142,7 +142,7 @@ def test_the_checksums_are_those_torchvision_checks() -> None:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     for name, theirs in (("cifar10", CIFAR10), ("cifar100", CIFAR100)):
-        ours = dataset_files.CIFAR[name]
+        ours = locations.CIFAR[name]
         assert ours.train == dict(theirs.train_list)
         assert ours.test == dict(theirs.test_list)
         assert ours.meta == {theirs.meta["filename"]: theirs.meta["md5"]}
@@ -347,12 +347,12 @@ def test_counting_stops_where_it_would_take_long(tmp_path: Path, monkeypatch: py
     write_images(tmp_path, ["a", "b"], 6)
     keys = dataset_keys("folder", root=str(tmp_path), test_fraction=0.5, val_fraction=0.5)
     assert train_samples("folder", keys) == 3
-    monkeypatch.setattr(dataset_files, "COUNT_AT_MOST", 5)
+    monkeypatch.setattr(locations, "COUNT_AT_MOST", 5)
     assert train_samples("folder", keys) is None
 
 
 def test_checks_before_a_run_import_nothing_heavy() -> None:
-    code = "import runner.dataset_files, sys; print([m for m in ('torch', 'numpy', 'torchvision', 'PIL') if m in sys.modules])"
+    code = "import runner.data.locations, sys; print([m for m in ('torch', 'numpy', 'torchvision', 'PIL') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

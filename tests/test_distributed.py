@@ -18,9 +18,9 @@ import torch
 
 from runner.checkpoint import Checkpoints, load
 from runner.compose import config_from, split_options
-from runner.distributed import World
 from runner.folder import run_path, status_of
-from runner.ranks import Place
+from runner.ranks.distributed import World
+from runner.ranks.place import Place
 from tests.torture.scenarios import fingerprint
 
 Launched = Callable[..., list[dict[str, Any]]]
@@ -191,9 +191,9 @@ def test_too_few_images_for_the_ranks_are_refused(tmp_path: Path, launched: Laun
 
 ROUNDS = """
 import os, sys, time, torch, torch.distributed as dist
-from runner.distributed import join
-from runner.parent import end_with_parent
-from runner.ranks import Place
+from runner.ranks.distributed import join
+from runner.sweeps.parent import end_with_parent
+from runner.ranks.place import Place
 agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 parent = os.getpid()

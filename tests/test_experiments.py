@@ -16,8 +16,8 @@ from runner.config import config_hash
 from runner.job import train
 from runner.pages.results import Row, collect, spread
 from runner.schema import RunConfig
-from runner.sweep import _own_words
-from runner.sweep_jobs import jobs_of
+from runner.sweeps.jobs import jobs_of
+from runner.sweeps.sweep import _own_words
 
 RECIPES = choices_of()["experiment"]
 PROJECT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from PIL import Image
 from quant.inference import PackedModel
 from runner.cli import run
 from runner.compose import config_from
-from runner.data import load
+from runner.data.load import load
+from runner.data.sources import MemorySource
 from runner.job import train
-from runner.sources import MemorySource
 
 SMALL = [
     "trainer.progress=none",

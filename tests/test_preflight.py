@@ -7,8 +7,8 @@ import torch
 from made_data import dataset_config, write_images, write_mnist
 
 from runner.compose import config_from
-from runner.data import load
-from runner.dataset_files import shape
+from runner.data.load import load
+from runner.data.locations import shape
 from runner.faults import ConfigError
 from runner.job import train
 from runner.schema import DatasetConfig

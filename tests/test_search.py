@@ -15,8 +15,8 @@ import yaml
 
 from runner.compose import config_from
 from runner.faults import ConfigError
-from runner.search_options import Options, options_of
-from runner.search_space import Search, _written, chosen, read_search, searches, words_of
+from runner.sweeps.search_options import Options, options_of
+from runner.sweeps.search_space import Search, _written, chosen, read_search, searches, words_of
 from tests.conftest import ROOT
 from tests.torture.commands import finished, start
 from tests.torture.forks import tail
@@ -24,7 +24,7 @@ from tests.torture.scenarios import BASE
 
 optuna = pytest.importorskip("optuna", reason="needs the extra 'search'")
 
-from runner.search_loop import Running, Study, _report, measured  # noqa: E402  (needs optuna)
+from runner.sweeps.search_loop import Running, Study, _report, measured  # noqa: E402  (needs optuna)
 
 SPACE: dict[str, Any] = {
     "words": [*BASE[: BASE.index("--config-dir")], "quant=lsq", "epochs=2", "dataset.samples=40"],
@@ -167,7 +167,9 @@ def test_words_that_mean_nothing_are_refused(words: list[str]) -> None:
 
 
 def test_a_missing_optuna_names_its_extra() -> None:
-    code = "import sys; sys.modules['optuna'] = None; from runner.search import search; search(['sweep=lenet5_lr'])"
+    code = (
+        "import sys; sys.modules['optuna'] = None; from runner.sweeps.search import search; search(['sweep=lenet5_lr'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "lowbit-runner[search]" in done.stderr
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_rel
 
-from runner import launch
 from runner.compose import config_from
 from runner.faults import ConfigError
 from runner.folder import status_of
-from runner.gpu_slots import free_slot, visible_gpus
 from runner.screen import Screen
 from runner.statistics import interval, paired_difference
-from runner.sweep import _own_words
-from runner.sweep_jobs import Composer, Folders, Job, jobs_of
-from runner.sweep_table import Standing, Watch, standing
+from runner.sweeps import launch
+from runner.sweeps.gpu_slots import free_slot, visible_gpus
+from runner.sweeps.jobs import Composer, Folders, Job, jobs_of
+from runner.sweeps.sweep import _own_words
+from runner.sweeps.table import Standing, Watch, standing
 from tests.conftest import ROOT
 from tests.torture.commands import finished, start
 from tests.torture.forks import tail
@@ -288,7 +288,7 @@ def test_a_gpu_is_given_to_one_job_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     assert first is not None
     assert second is not None
     assert [first[1], second[1]] == devices
-    code = f"from runner.gpu_slots import free_slot; print(free_slot({devices!r}))"
+    code = f"from runner.sweeps.gpu_slots import free_slot; print(free_slot({devices!r}))"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert other.stdout == "None\n", "another process gets none"
     os.close(first[0])

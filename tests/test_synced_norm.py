@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 CODE = """
 import os, sys, torch, torch.distributed as dist
 from torch import nn
-from runner.synced_norm import SyncedBatchNorm, synced_
+from runner.ranks.synced_norm import SyncedBatchNorm, synced_
 world, kind, affine = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 torch.set_num_threads(1)
 rank = 0 if world == 1 or os.fork() else 1
@@ -61,7 +61,7 @@ def test_it_is_batch_norm_of_the_whole_batch(tmp_path: object, world: int, kind:
 def test_a_model_keeps_its_parameters() -> None:
     from torch import nn
 
-    from runner.synced_norm import synced_
+    from runner.ranks.synced_norm import synced_
 
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4)))
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}

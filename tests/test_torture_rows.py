@@ -317,7 +317,7 @@ def test_a_worker_that_hangs_ends_the_run(tmp_path: Path, images: list[str]) -> 
     victim = sorted((tmp_path / "images" / "train" / "cat").iterdir())[7]
     victim.unlink()
     os.mkfifo(victim)
-    code = "import sys, runner.stream; runner.stream.TIMEOUT = 3; from runner.cli import main; main(sys.argv[1:])"
+    code = "import sys, runner.data.stream; runner.data.stream.TIMEOUT = 3; from runner.cli import main; main(sys.argv[1:])"
     words = [*images, "dataset.workers=1", "dataset.mean=[0.5,0.5,0.5]", "dataset.std=[0.2,0.2,0.2]"]
     log = (tmp_path / "log.txt").open("wb")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

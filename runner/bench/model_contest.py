@@ -19,7 +19,7 @@ from runner.bench.model import Plan
 from runner.bench.timing import Spread, ratio, take_turns
 from runner.build import build
 from runner.compose import compose_words, config_from, keys_of
-from runner.data import Data, load
+from runner.data.load import Data, load
 from runner.environment import environment
 from runner.evaluate import load_stored
 from runner.export.packed import graph_of

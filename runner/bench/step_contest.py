@@ -18,7 +18,7 @@ from runner.accelerate import accelerate
 from runner.bench.step import Contender, Plan
 from runner.bench.timing import Spread, ratio, take_turns
 from runner.build import asking, build, phases_of, regularizer_of, watch
-from runner.data import Data, load
+from runner.data.load import Data, load
 from runner.environment import environment, pick_device, prepare
 from runner.faults import ConfigError, Fault
 from runner.hoard import Hoard

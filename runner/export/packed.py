@@ -4,11 +4,11 @@ from torch import nn
 
 from quant.inference.file import to_bytes
 from quant.inference.graph import Graph, Preprocessing
-from runner.data import Data
+from runner.data.load import Data
+from runner.data.sources import MemorySource
 from runner.evaluate import Stored
 from runner.export.fold import fold
 from runner.export.trace import trace
-from runner.sources import MemorySource
 
 WHICH_IMAGES = ("name", "input_size", "validation", "val_fraction", "split_seed")  # of the keys that all data sets have
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from quant import kernels
 from quant.inference import Op, PackedModel
-from runner.sources import Source
+from runner.data.sources import Source
 
 ROUNDING = (
     256  # units in the last place of the largest value, by which sums of floats may differ when added in another order

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from runner.faults import Exit, RunnerError
-from runner.ranks import Place
+from runner.ranks.place import Place
 
 LIMIT = 300.0  # seconds in which all ranks have to come
 LOOK_EVERY = 0.05  # seconds

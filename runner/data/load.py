@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runner.augment import Augment, Normalise
-from runner.dataset_files import held_out
-from runner.datasets import Files, Images, Pixels, balanced_order, reader
-from runner.decode import BadImageError, decode_all, first_size, refuse
+from runner.data.augment import Augment, Normalise
+from runner.data.datasets import Files, Images, Pixels, balanced_order, reader
+from runner.data.decode import BadImageError, decode_all, first_size, refuse
+from runner.data.locations import held_out
+from runner.data.sources import MemorySource, Recipe, Source, StreamSource
+from runner.data.stream import Request, Stream
 from runner.faults import BadData, ConfigError, Fault
 from runner.schema import DatasetConfig
-from runner.sources import MemorySource, Recipe, Source, StreamSource
-from runner.stream import Request, Stream
 
 IN_MEMORY = 4 * 2**30  # bytes of decoded images that `memory: auto` keeps
 MEASURED = 2048  # images of a stream that its mean and deviation are measured on

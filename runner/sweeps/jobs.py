@@ -138,7 +138,7 @@ class Folders:
 
 def _code() -> Iterator[Path]:
     """The source that says what configs may hold and how a folder is named."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     for package in ("runner", "models", "quant"):
         yield from (root / package).rglob("*.py")
 

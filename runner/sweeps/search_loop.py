@@ -21,14 +21,14 @@ from runner.compose import config_from
 from runner.faults import ConfigError, Exit
 from runner.files import NO_FOLLOW, write_atomic, write_json
 from runner.folder import run_path, status_of
-from runner.gpu_slots import take_slot, visible_gpus
-from runner.launch import ask_to_stop
 from runner.log import cell
 from runner.pages.records import complete_lines
-from runner.parent import VARIABLE
 from runner.screen import Screen
-from runner.search_options import Options
-from runner.search_space import chosen, words_of
+from runner.sweeps.gpu_slots import take_slot, visible_gpus
+from runner.sweeps.launch import ask_to_stop
+from runner.sweeps.parent import VARIABLE
+from runner.sweeps.search_options import Options
+from runner.sweeps.search_space import chosen, words_of
 
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 LOOK_EVERY = 0.5  # seconds between two looks at the runs under way

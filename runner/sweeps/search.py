@@ -15,8 +15,8 @@ from runner.compose import config_from
 from runner.faults import ConfigError, Exit, Fault
 from runner.folder import run_path
 from runner.screen import Screen
-from runner.search_options import Options, options_of
-from runner.search_space import words_of
+from runner.sweeps.search_options import Options, options_of
+from runner.sweeps.search_space import words_of
 
 
 def search(words: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def search(words: Sequence[str]) -> int:
         raise ConfigError([Fault("search", "needs Optuna: pip install 'lowbit-runner[search]', or -e '.[search]'")])
     options = options_of(words)
     _check_one(options)
-    from runner.search_loop import Study, run_trials
+    from runner.sweeps.search_loop import Study, run_trials
 
     options.folder.mkdir(parents=True, exist_ok=True)
     screen, study = Screen("plain"), Study.open(options)

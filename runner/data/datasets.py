@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from runner import dataset_files
-from runner.augment import Draw
+from runner.data import locations
+from runner.data.augment import Draw
+from runner.data.formats import read_idx, verified_pickles
 from runner.faults import BadData, MissingInput
-from runner.formats import read_idx, verified_pickles
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def balanced_order(labels: Tensor, seed: int) -> Tensor:
 def _split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Sorted indices of (the rest, the `fraction` held out)."""
     order = balanced_order(labels, seed)
-    count = dataset_files.held_out(len(labels), fraction)
+    count = locations.held_out(len(labels), fraction)
     return order[count:].sort().values, order[:count].sort().values
 
 
@@ -166,7 +166,7 @@ def folder(
 ) -> Images:
     """Images in class folders: train/ and test/ (or val/, or all three), or one tree of which a share is the test set."""
     _require("folder", root)
-    layout = dataset_files.folder_layout(Path(root))
+    layout = locations.folder_layout(Path(root))
     if "all" not in layout:
         return _trees(layout, channels, decode_size, on_bad)
     whole = _trees({"train": layout["all"], "test": layout["all"]}, channels, decode_size, on_bad)
@@ -210,7 +210,7 @@ def synthetic(
 
 
 def _require(name: str, root: str, download: bool = False) -> None:
-    sentence = dataset_files.missing(name, {"root": root, "download": download})
+    sentence = locations.missing(name, {"root": root, "download": download})
     if sentence:
         raise MissingInput(sentence)
 
@@ -232,14 +232,14 @@ def _download(name: str, torchvision_class: str, root: Path) -> None:
 
 
 def _fetch(name: str, torchvision_class: str, root: Path, download: bool) -> None:
-    if download and dataset_files.missing(name, {"root": str(root)}):
+    if download and locations.missing(name, {"root": str(root)}):
         _download(name, torchvision_class, root)
     _require(name, str(root))
 
 
 def _idx(name: str, torchvision_class: str, root: Path, download: bool, classes: tuple[str, ...]) -> Images:
     _fetch(name, torchvision_class, root, download)
-    files = dataset_files.IDX[name]
+    files = locations.IDX[name]
 
     def pair(images: str, labels: str) -> Pixels:
         pixels = torch.from_numpy(read_idx(root / files.folder / images))
@@ -253,7 +253,7 @@ def _idx(name: str, torchvision_class: str, root: Path, download: bool, classes:
 
 def _cifar(name: str, torchvision_class: str, root: Path, download: bool) -> Images:
     _fetch(name, torchvision_class, root, download)
-    files = dataset_files.CIFAR[name]
+    files = locations.CIFAR[name]
     content = verified_pickles(root, files)
     try:
         classes = tuple(str(label) for label in content[next(iter(files.meta))][files.names])
@@ -272,11 +272,11 @@ def _batches(content: dict[str, Any], names: Iterable[str], labels: str) -> Pixe
 
 def _trees(layout: dict[str, Path], channels: int, decode_size: int | None, on_bad: Literal["stop", "skip"]) -> Images:
     """One `Files` per split; every split must hold the same classes, each with an image at least."""
-    classes = dataset_files.class_folders(layout["train"])
+    classes = locations.class_folders(layout["train"])
     parts = {}
     for part, root in layout.items():
-        if dataset_files.class_folders(root) != classes:
-            odd = sorted(set(classes).symmetric_difference(dataset_files.class_folders(root)))
+        if locations.class_folders(root) != classes:
+            odd = sorted(set(classes).symmetric_difference(locations.class_folders(root)))
             raise BadData(f"{root} and {layout['train']} hold different classes: {', '.join(odd[:5])}")
         names, labels = _list_images(root, classes)
         parts[part] = Files(root, part, names, labels, channels, decode_size, on_bad)
@@ -287,9 +287,9 @@ def _list_images(root: Path, classes: list[str]) -> tuple[tuple[str, ...], Tenso
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = sorted(dataset_files.image_names(root / name))
+        images = sorted(locations.image_names(root / name))
         if not images:
-            raise BadData(f"class folder {root / name} holds no images ({', '.join(dataset_files.IMAGE_SUFFIXES)})")
+            raise BadData(f"class folder {root / name} holds no images ({', '.join(locations.IMAGE_SUFFIXES)})")
         names += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
     return tuple(names), torch.tensor(labels)

@@ -6,7 +6,7 @@ The first rank chooses the folder and alone writes. What agrees across ranks, an
 
 weights            the same seed, and the gradients that DistributedDataParallel averages (arXiv:2006.15704)
 first-batch steps  LSQ and others: every rank calibrates on the whole first global batch, as a run on one process does
-batch norm         BatchNorm is synced: it normalises by the figures of the global batch (runner/synced_norm.py); with
+batch norm         BatchNorm is synced: it normalises by the figures of the global batch (runner/ranks/synced_norm.py); with
                    trainer.sync_norm=false each rank by those of its share
 range BN           per rank: each normalises its share by the ranges of that share
 buffers            those of the first rank, sent to the others before every forward pass
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from runner.faults import ConfigError, Fault
-from runner.meeting import RankLost, meet
-from runner.ranks import Place
-from runner.synced_norm import synced_
-from runner.watchdog import LONG, Watchdog
+from runner.ranks.meeting import RankLost, meet
+from runner.ranks.place import Place
+from runner.ranks.synced_norm import synced_
+from runner.ranks.watchdog import LONG, Watchdog
 
 T = TypeVar("T")
 LOST = re.compile(

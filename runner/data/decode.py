@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from runner.datasets import Files, Pixels
+from runner.data.datasets import Files, Pixels
 from runner.faults import BadData, ConfigError, Fault
 
 log = logging.getLogger(__name__)

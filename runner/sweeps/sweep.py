@@ -17,11 +17,11 @@ import hydra
 
 from runner.compose import conf_folder, split_options
 from runner.faults import ConfigError, Exit, Fault
-from runner.launch import check_launcher, launch
 from runner.screen import Screen
 from runner.statistics import paired_difference, spread
-from runner.sweep_jobs import Job, jobs_of
-from runner.sweep_table import FINAL, Standing, standing, watched
+from runner.sweeps.jobs import Job, jobs_of
+from runner.sweeps.launch import check_launcher, launch
+from runner.sweeps.table import FINAL, Standing, standing, watched
 
 RETRY = {"none", "failed"}
 LISTED = 40  # jobs; of a larger sweep the summary lists only those that are not done

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.distributed.distributed_c10d import Store
 
 from runner.faults import Exit
-from runner.meeting import Meeting
+from runner.ranks.meeting import Meeting
 
 PATIENCE = (
     20.0  # seconds without a step, or without a sign of life of some rank, after which that rank is taken to hang

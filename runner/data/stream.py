@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-from runner.augment import Draw, crop_boxes
-from runner.datasets import Files
-from runner.decode import BadImageError, Box, Bytes, centre_box, opened, to_array
+from runner.data.augment import Draw, crop_boxes
+from runner.data.datasets import Files
+from runner.data.decode import BadImageError, Box, Bytes, centre_box, opened, to_array
 
 TEST_CROP = 0.875  # share of the shorter side that is tested on: 224 of 256 pixels (arXiv:1512.03385, section 3.4)
 TIMEOUT = 300  # seconds to wait for one batch: a worker that hangs ends the run instead of holding it for ever

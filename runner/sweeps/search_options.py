@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner.compose import split_options
 from runner.faults import ConfigError, Fault
-from runner.search_space import Search, read_search
+from runner.sweeps.search_space import Search, read_search
 
 OWN = {"sweep", "search.trials", "search.workers", "search.storage"}
 

@@ -17,7 +17,7 @@ from runner.columns import METRICS
 from runner.folder import status_of
 from runner.pages.records import complete_lines
 from runner.screen import Screen
-from runner.sweep_jobs import Job
+from runner.sweeps.jobs import Job
 
 FINAL = {"done", "failed", "diverged"}
 STYLES = {"done": "green", "failed": "red", "diverged": "red", "running": "bold"}

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from runner.augment import Augment, Draw, Normalise, crop_boxes, resize, resized_crop
-from runner.datasets import Files, Pixels
-from runner.decode import BadImageError, refuse
+from runner.data.augment import Augment, Draw, Normalise, crop_boxes, resize, resized_crop
+from runner.data.datasets import Files, Pixels
+from runner.data.decode import BadImageError, refuse
+from runner.data.stream import Reply, Request, Stream
 from runner.faults import BadData
-from runner.stream import Reply, Request, Stream
 
 log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]

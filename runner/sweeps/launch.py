@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from runner.compose import conf_folder, quoted, search_path
 from runner.faults import ConfigError, Exit, Fault, LauncherFailed, nearest
 from runner.files import write_json
-from runner.gpu_slots import gpu_slot
-from runner.parent import VARIABLE
-from runner.sweep_jobs import Job
+from runner.sweeps.gpu_slots import gpu_slot
+from runner.sweeps.jobs import Job
+from runner.sweeps.parent import VARIABLE
 
 EXTRAS = {  # launcher: (the module that brings it, the extra of pyproject.toml that installs it)
     "basic": ("hydra", ""),

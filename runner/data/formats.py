@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runner.dataset_files import CifarFiles
+from runner.data.locations import CifarFiles
 from runner.faults import BadData, MissingInput
 
 

@@ -1,0 +1,1 @@
+"""Many runs at the command of one: sweeps, searches, launchers, and who gets which GPU."""
