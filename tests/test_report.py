@@ -9,6 +9,7 @@ import pytest
 from runner.faults import ConfigError
 from runner.pages.report import as_markdown, report
 from runner.pages.report_pages import with_tables
+from runner.pages.report_parts import make_report
 from runner.pages.report_pictures import pareto
 from runner.pages.results import as_csv, collect, groups_of
 from runner.pages.svg import Chart, Series
@@ -66,6 +67,21 @@ def test_a_difference_is_to_float_that_was_trained_alike_or_else_to_float_as_it_
     assert gaps(runs) == [None, 5.0, -1.0, -1.0]
     assert gaps(runs[3:]) == [None, -1.0, -6.0]  # the only float runs
     assert gaps([*runs[3:], *rows("none", "trainer.ema=0.5", 90.0)]) == [None, -1.0, None, None]
+
+
+def test_what_is_set_of_the_model_makes_another_network(tmp_path: Path) -> None:
+    for depth, plain in (("model.depth=20", 92.0), ("+model.depth=56", 94.0)):
+        make(tmp_path / depth, "none", 0, plain, depth)
+        make(tmp_path / depth, "xnor", 0, plain - 10, "quant.tau=0.9", depth)
+    folders = sorted(tmp_path.iterdir())
+    lines = as_markdown(collect(folders)).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| lenet5 depth=20", "mnist", "none"], ["| lenet5 depth=20", "mnist", "xnor quant.tau=0.9"],
+        ["| lenet5 depth=56", "mnist", "none"], ["| lenet5 depth=56", "mnist", "xnor quant.tau=0.9"],
+    ]  # fmt: skip
+    assert [str(group.difference()) for group in groups_of(collect(folders))] == ["None", "-10.00"] * 2
+    report, _ = make_report(folders)
+    assert "lenet5-depth-20-mnist-10-packed" in {picture.name for picture in report.pictures}
 
 
 def test_a_config_with_a_name_of_its_own_is_not_the_method_that_it_sets(tmp_path: Path) -> None:

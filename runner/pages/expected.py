@@ -26,7 +26,7 @@ def expected_curve(rows: Sequence[Row]) -> str:
     """
     groups = groups_of(rows)
     if len(groups) > 1:
-        labels = "; ".join(f"{group.model} {group.dataset} {group.label}, {group.epochs} epochs" for group in groups)
+        labels = "; ".join(f"{group.network} {group.dataset} {group.label}, {group.epochs} epochs" for group in groups)
         raise ConfigError([Fault("--format", f"curve takes runs of one configuration, not {labels}")])
     courses = [read_run(row["folder"]).metrics["val_top1"].dropna().tolist() for row in rows if "folder" in row]
     if len(courses) < 2:

@@ -85,7 +85,7 @@ def _line(group: Group) -> list[str]:
     unknown = "" if group.quant == "none" else "no float run"
     difference = str(group.difference() or unknown)
     return [
-        group.model, group.dataset, group.name, str(group.epochs), str(len(group.rows)),
+        group.network, group.dataset, group.name, str(group.epochs), str(len(group.rows)),
         spread([row["test_top1"] for row in group.rows]), difference,
         _mean(group, "saved_bytes_per_sample", 1024, "{:.1f}"), _mean(group, "peak_memory_bytes", 2**20, "{:,.0f}"),
         _mean(group, "packed_bytes", 1024, "{:,.0f}"), _mean(group, "train_seconds", group.epochs, "{:.1f}"),
@@ -100,7 +100,7 @@ def _mean(group: Group, key: str, unit: float, form: str) -> str:
 def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:
     """Hyper-parameters that all configurations share, those in which they differ, and what it all was measured on."""
     compared = groups if len(groups) <= MOST_CONFIGS else ()  # a table of more columns says nothing
-    configs = {f"{group.model} {group.dataset} {group.name}": _hyper(group) for group in compared}
+    configs = {f"{group.network} {group.dataset} {group.name}": _hyper(group) for group in compared}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     same = {key for key in keys if len({config.get(key) for config in configs.values()}) == 1}
     if keys:
@@ -144,11 +144,11 @@ def _holes(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterab
         if all(record["kind"] != kind for record in records):
             yield f"bench {kind}: {NOT_RUN}"
     names = {group.label: group.name for group in groups}
-    for (model, dataset, epochs), members in by_task(groups):
+    for (network, dataset, epochs), members in by_task(groups):
         here = {group.label: {row["seed"] for row in group.rows} for group in members}
         seeds = sorted(set().union(*here.values()))
         for label, name in names.items():
             if label not in here:
-                yield f"{model}, {dataset}, {epochs} epochs, {name}: {NOT_RUN}"
+                yield f"{network}, {dataset}, {epochs} epochs, {name}: {NOT_RUN}"
             elif lost := [seed for seed in seeds if seed not in here[label]]:
-                yield f"{model}, {dataset}, {epochs} epochs, {name}, seed {', '.join(map(str, lost))}: {NOT_RUN}"
+                yield f"{network}, {dataset}, {epochs} epochs, {name}, seed {', '.join(map(str, lost))}: {NOT_RUN}"

@@ -9,7 +9,7 @@ from typing import Any
 from runner.pages import svg
 from runner.pages.records import read_metrics
 from runner.pages.report_records import scan_figures
-from runner.pages.results import Group, by_task, deviation
+from runner.pages.results import Group, Task, by_task, deviation
 from runner.pages.svg_rows import Dot, bars, dots
 
 LONGEST = 50  # letters beside a point
@@ -48,41 +48,50 @@ def pictures(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iter
         yield from bench_pictures(record)
 
 
+def _on(task: Task) -> str:
+    return f"{task[0]} on {task[1]}"
+
+
+def _file(task: Task, what: str) -> str:
+    """The name of a figure about one network, data set and length."""
+    return re.sub("[ =]", "-", "-".join([*map(str, task), what]))
+
+
 def _accuracy_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
     costs = {
         "packed_bytes": ("packed size", "packed size, KiB"),
         "saved_bytes_per_sample": ("bytes saved for backward", "saved for backward, KiB an image"),
     }
-    for (model, dataset, epochs), members in by_task(groups):
+    for task, members in by_task(groups):
         for key, (name, axis) in costs.items():
             known = [(mean / 1024, group) for group in members if (mean := group.mean(key))]
             if len(known) < 2:
                 continue
             series = [_point(cost, group) for cost, group in known]
             chart = svg.Chart(
-                f"{model} on {dataset}, {epochs} epochs: accuracy and {name}", axis, "test accuracy, %", series,
+                f"{_on(task)}, {task[2]} epochs: accuracy and {name}", axis, "test accuracy, %", series,
                 logarithmic="x" if max(cost for cost, _ in known) > 8 * min(cost for cost, _ in known) else "",
                 front=pareto([(cost, one.y[0]) for (cost, _), one in zip(known, series, strict=True)]),
             )  # fmt: skip
             caption = (
-                f"{model} on {dataset}: test accuracy (mean, ± standard deviation over seeds) against {name}; "
+                f"{_on(task)}: test accuracy (mean, ± standard deviation over seeds) against {name}; "
                 "dotted: the Pareto front."
             )
-            yield Picture(f"{model}-{dataset}-{epochs}-{key.split('_')[0]}", caption, chart.svg())
+            yield Picture(_file(task, key.split("_")[0]), caption, chart.svg())
 
 
 def _variant_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
     """Where several settings of one quantizer were run: how far each is from float, as sure as the seeds allow."""
-    for (model, dataset, epochs), members in by_task(groups):
+    for task, members in by_task(groups):
         for quant in dict.fromkeys(group.quant for group in members):
             rows = [row for group in members if group.quant == quant and (row := _beside_float(group))]
             if len(rows) < 2:
                 continue
             name = quant.replace("none", "float32")
-            title = f"{model} on {dataset}, {epochs} epochs: settings of {name} beside float"
+            title = f"{_on(task)}, {task[2]} epochs: settings of {name} beside float"
             drawn = dots(title, "test accuracy minus float, points: mean over seeds, 95 % interval", rows, level=0.0)
-            caption = f"{model} on {dataset}: settings of {name}, test accuracy minus that of float, seed by seed."
-            yield Picture(f"{model}-{dataset}-{epochs}-{quant}", caption, drawn)
+            caption = f"{_on(task)}: settings of {name}, test accuracy minus that of float, seed by seed."
+            yield Picture(_file(task, quant), caption, drawn)
 
 
 def _beside_float(group: Group) -> Dot | None:
@@ -119,19 +128,16 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def _curves(task: tuple[str, str, int], members: Sequence[Group]) -> Picture | None:
+def _curves(task: Task, members: Sequence[Group]) -> Picture | None:
     """Mean validation accuracy with a band over seeds, of runs whose folders are there."""
-    model, dataset, epochs = task
     best = sorted(members, key=lambda group: -(group.mean("test_top1") or 0.0))[:MOST_CURVES]
     series = [one for group in members if group in best and (one := _curve(group))]
     if not series or all(len(one.x) < 2 for one in series):
         return None
     of_best = f" of the {MOST_CURVES} best configurations" if len(members) > MOST_CURVES else ""
-    title = f"{model} on {dataset}: validation accuracy{of_best}"
+    title = f"{_on(task)}: validation accuracy{of_best}"
     chart = svg.Chart(title, "epochs completed", "validation top-1, %", series)
-    return Picture(
-        f"{model}-{dataset}-{epochs}-curves", f"{title}, mean and ± standard deviation over seeds.", chart.svg()
-    )
+    return Picture(_file(task, "curves"), f"{title}, mean and ± standard deviation over seeds.", chart.svg())
 
 
 def _curve(group: Group) -> svg.Series | None:

@@ -8,20 +8,21 @@ from runner.pages.results import Group, by_task, spread
 
 def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[str]:
     """Sentences, a paragraph for each network and data set and one for each benchmark."""
-    for (model, dataset, epochs), members in by_task(groups):
+    for (network, dataset, epochs), members in by_task(groups):
         sentences = [*_about_accuracy(members), *_about_cost(members)]
         runs = sum(len(group.rows) for group in members)
-        yield f"{model} on {dataset}, {count(epochs, 'epoch')}, {count(runs, 'run')}: " + " ".join(sentences)
+        yield f"{network} on {dataset}, {count(epochs, 'epoch')}, {count(runs, 'run')}: " + " ".join(sentences)
     for record in records:
         if sentence := _about_bench(record):
             yield sentence
 
 
 def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
-    floats = [group for group in members if group.plain]
+    floats = [group for group in members if group.quant == "none"]
     low_bit = [(difference, group) for group in members if (difference := group.difference())]
     for group in floats:
-        yield f"float reaches {spread([row['test_top1'] for row in group.rows])} %."
+        name = "float" if group.plain or len(floats) == 1 else group.name
+        yield f"{name} reaches {spread([row['test_top1'] for row in group.rows])} %."
     if not low_bit:
         yield "No quantized run has a float run of the same seed to be compared with."
         return

@@ -33,6 +33,7 @@ NUMBERS = {
 }
 LONGEST = 100  # letters of a name
 Row = dict[str, Any]
+Task = tuple[str, str, int]  # network, data, epochs
 
 
 def collect(paths: Iterable[Path]) -> list[Row]:
@@ -46,18 +47,7 @@ def collect(paths: Iterable[Path]) -> list[Row]:
     rows = list(
         {(*_configuration(row), row["seed"]): row for row in rows}.values()
     )  # a configuration counts once a seed
-    return sorted(
-        rows,
-        key=lambda row: (
-            row["dataset"],
-            row["model"],
-            int(row["epochs"]),
-            row["quant"] != "none",
-            row["quant"],
-            row["settings"],
-            row["seed"],
-        ),
-    )
+    return sorted(rows, key=_place)
 
 
 def _from_csv(path: Path) -> list[Row]:
@@ -117,8 +107,24 @@ def _numbers(row: dict[str, str]) -> Row:
     }
 
 
-def _configuration(row: Row) -> tuple[Any, ...]:
-    return row["model"], row["dataset"], int(row["epochs"]), row["quant"], row["settings"]
+def _configuration(row: Row) -> tuple[str, str, int, str, str]:
+    """Network, data, epochs, quantizer, settings: what is set of the model belongs to the network."""
+    words = row["settings"].split()
+    own = [word for word in words if word.lstrip("+").startswith("model.")]
+    network = " ".join([row["model"], *(word.lstrip("+").removeprefix("model.") for word in own)])
+    return (
+        network,
+        row["dataset"],
+        int(row["epochs"]),
+        row["quant"],
+        " ".join(word for word in words if word not in own),
+    )
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Where a row stands among others: float before the rest of its network, data and length."""
+    network, dataset, epochs, quant, settings = _configuration(row)
+    return dataset, network, epochs, quant != "none", quant, settings, row["seed"]
 
 
 def as_csv(rows: Iterable[Row]) -> str:
@@ -137,11 +143,11 @@ class Group:
     Those that were trained with the same settings, else the float network as it is, else the only ones there are.
     """
 
-    model: str
+    network: str  # the model, and what was set of it
     dataset: str
     epochs: int
     quant: str
-    settings: str
+    settings: str  # everything else that was set
     rows: list[Row]
     floats: list[Row] = field(default_factory=list)
     number: int = 0  # among all groups: what tells long names from each other
@@ -172,9 +178,9 @@ class Group:
         return " ".join(word for word in self.settings.split() if not word.lstrip("+").startswith("quant."))
 
     @property
-    def task(self) -> tuple[str, str, int]:
+    def task(self) -> Task:
         """What only groups have in common that can be compared."""
-        return self.model, self.dataset, self.epochs
+        return self.network, self.dataset, self.epochs
 
     def values(self, key: str) -> list[float]:
         """What every run says; empty where one of them does not know."""
@@ -227,8 +233,8 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     """One group a configuration, in the order of the rows."""
     groups: dict[tuple[Any, ...], Group] = {}
     for row in rows:
-        model, dataset, epochs, quant, settings = _configuration(row)
-        groups.setdefault(_configuration(row), Group(model, dataset, epochs, quant, settings, [])).rows.append(row)
+        key = _configuration(row)
+        groups.setdefault(key, Group(*key, [])).rows.append(row)
     _compare_with_floats(list(groups.values()))
     return list(groups.values())
 
@@ -249,7 +255,7 @@ def _compare_with_floats(groups: Sequence[Group]) -> None:
         group.floats, group.number = chosen[0].rows if len(chosen) == 1 else [], number
 
 
-def by_task(groups: Sequence[Group]) -> Iterable[tuple[tuple[str, str, int], list[Group]]]:
+def by_task(groups: Sequence[Group]) -> Iterable[tuple[Task, list[Group]]]:
     """Groups that can be compared with each other."""
     for task, members in groupby(sorted(groups, key=lambda group: group.task), key=lambda group: group.task):
         yield task, list(members)
