@@ -90,25 +90,26 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
         world.leave()
         blamed = world.blame(stop.blame(error))
         _note_failure(folder, blamed)
+        if isinstance(blamed, Diverged) and world.first:  # its curves say when, and often why
+            _draw(path, config, screen)
         raise blamed from (None if blamed is error else error)
     finally:
         folder.close()
     if world.first:
         _draw(path, config, screen)
-        screen.point_to(path)
     return path
 
 
 def _draw(path: Path, config: RunConfig, screen: Screen) -> None:
-    """The dashboard. A run is done or not without it: what goes wrong here is said, and no more."""
-    if config.trainer.dashboard == "none":
-        return
-    from runner.pages.dashboard import write_dashboard
+    """The dashboard, and where it lies. A run is over without it: what the disk does not take is said, and no more."""
+    if config.trainer.dashboard != "none":
+        from runner.pages.dashboard import write_dashboard
 
-    try:
-        write_dashboard(path)
-    except StorageError as error:
-        screen.say(f"no dashboard: {error}")
+        try:
+            write_dashboard(path)
+        except StorageError as error:
+            screen.say(f"no dashboard: {error}")
+    screen.point_to(path)
 
 
 def _lay_down_curve(config: RunConfig, path: Path, screen: Screen) -> None:

@@ -49,11 +49,12 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path) -> None
 def test_a_loss_that_is_no_number_stops_the_run_at_that_step(tmp_path: Path) -> None:
     words = ["quant=none", "model=vgg6", "dataset.size=16", "dataset.input_size=16"]
     with pytest.raises(Diverged, match=r"at step \d+ .*Try a lower lr="):
-        run(tmp_path, *words, "regime=cosine", "lr=1e6", "epochs=3")
+        run(tmp_path, *words, "regime=cosine", "lr=1e6", "epochs=3", "trainer.dashboard=write")
     (folder,) = (tmp_path / "runs").iterdir()
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("diverged", 20)
     assert not (folder / "summary.json").exists()
+    assert "diverged" in (folder / "dashboard.html").read_text(encoding="utf-8")
 
 
 def test_an_average_of_the_weights_is_what_gets_evaluated(tmp_path: Path) -> None:
