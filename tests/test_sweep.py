@@ -281,8 +281,10 @@ def test_a_launcher_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPa
         launch.check_launcher(["hydra/sweeper=optuna"])
 
 
-def test_a_gpu_is_given_to_one_job_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"test-{os.getpid()}-a, test-{os.getpid()}-b")
+def test_a_gpu_is_given_to_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the locks lie
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "test-a, test-b")
     devices = visible_gpus()
     first, second = free_slot(devices), free_slot(devices)
     assert first is not None
