@@ -119,6 +119,7 @@ class StepCodes:
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         codes = _in_steps(self.layout.flat(x), self.step, self.offset).round_().add_(self.qn)
+        codes.clamp_(0, (1 << self.width) - 1)  # 255 steps may be 255.5 in bfloat16, and 256 would wrap to 0
         packed = pack(codes.to(torch.uint8), self.width)
         return (packed, self.step, self.qn) if self.offset is None else (packed, self.step, self.qn, self.offset)
 

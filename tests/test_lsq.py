@@ -460,6 +460,20 @@ def test_autocast() -> None:
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_saturated_codes_do_not_wrap_under_autocast() -> None:
+    """The layers in front give bfloat16, where 255 steps are 255.5: code 256 would be 0 in a byte, and dW with it."""
+    layer: Any = Lsq(weight_bits=8, act_bits=8).layer(nn.Linear(4, 2))
+    x, step = torch.tensor([[0.5, 1.0, 2.0, 3.0]], dtype=torch.bfloat16), 0.01015
+    layer.calibrate_(x)
+    with torch.no_grad():
+        layer.act_quantizer.step.fill_(step)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    want = (x.float() / step).round().clamp(0, 255) * step
+    torch.testing.assert_close(layer.weight.grad, want.expand(2, 4), rtol=1e-2, atol=0)
+
+
 def test_memory_formats_and_views() -> None:
     model = net().eval()
     calibrate_(model, IMAGES)
