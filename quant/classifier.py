@@ -34,20 +34,21 @@ Kind = Literal["hadamard", "orthonormal"]
 def hadamard_rows(classes: int, features: int, skip_constant_row: bool = True) -> Tensor:
     """`classes` rows of Sylvester's matrix, cut to `features` columns; mutually orthogonal if that is a power of two.
 
-    The constant row is used only where all others are taken (classes = features = a power of two).
-    Raises ValueError for more classes than features: cut rows would repeat, and classes be told apart by their bias alone.
+    The matrix has as many rows as the next power of two from `features` up. They differ in its first half and the column behind
+    it already, so that cut rows are distinct. The constant row is used only where all others are taken (classes = that power).
+    Raises ValueError for more classes: rows would repeat, and their classes be told apart by their bias alone.
 
     >>> hadamard_rows(3, 4)
     tensor([[ 1., -1.,  1., -1.],
             [ 1.,  1., -1., -1.],
             [ 1., -1., -1.,  1.]])
     """
-    if classes > features:
+    size = 1 << (features - 1).bit_length()
+    if classes > size:
         raise ValueError(
-            f"kind hadamard needs at least as many features as classes, got {features} features for {classes} classes; "
+            f"kind hadamard has {size} different rows of {features} features, got {classes} classes; "
             "accepted: kind orthonormal, or a model with a wider last layer"
         )
-    size = 1 << (features - 1).bit_length()
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -79,7 +80,7 @@ def unit(x: Tensor, dim: int) -> Tensor:
     peak = wide.detach().abs().amax(dim, keepdim=True)
     wide = wide / torch.where(peak > 0, peak, 1)
     length: Tensor = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
-    return (wide / length.clamp_min(1)).to(x.dtype)
+    return (wide / torch.where(length > 0, length, 1)).to(x.dtype)  # a clamp would hold a length of 1 constant
 
 
 class FixedLinear(nn.Linear):
@@ -129,7 +130,8 @@ def fix_classifier_(
     """Replace the model's last linear layer (or 1x1 convolution) by a fixed one; returns its name.
 
     scale: alpha at the beginning; None = 1/sqrt(classes) for hadamard, 10 for orthonormal, as the paper's code begins.
-    Raises ValueError where the last matrix layer is of another kind, and for hadamard with more classes than features.
+    Raises ValueError where the last matrix layer is of another kind, and for hadamard with more classes than the power of two
+    from the features up.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> fix_classifier_(model), model[2](torch.zeros(1, 16)).tolist(), sum(p.numel() for p in model[2].parameters())
@@ -196,7 +198,7 @@ class Learned(Classifier):
 class Fixed(Classifier):
     """A fixed matrix with a learned scale and bias: `fix_classifier_` with these arguments."""
 
-    kind: Literal["hadamard", "orthonormal"] = "hadamard"
+    kind: Kind = "hadamard"
     scale: Annotated[float, Gt(0)] | None = None
     seed: Annotated[int, Ge(0)] = 123
     skip_constant_row: bool = True

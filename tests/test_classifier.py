@@ -45,10 +45,27 @@ def test_hadamard_rows_are_orthogonal_at_powers_of_two(classes: int, features: i
     assert torch.equal(h @ h.T, features * torch.eye(classes))
 
 
-@pytest.mark.parametrize(("classes", "features"), [(10, 84), (10, 500), (1000, 2048), (7, 7), (100, 100), (33, 40)])
+WIDTHS = [
+    (10, 84),
+    (10, 500),
+    (1000, 2048),
+    (7, 7),
+    (100, 100),
+    (33, 40),
+    (100, 84),
+    (127, 84),
+    (128, 84),
+    (8, 5),
+    (64, 33),
+]
+
+
+@pytest.mark.parametrize(("classes", "features"), WIDTHS)
 def test_hadamard_rows_are_distinct_at_any_width(classes: int, features: int) -> None:
     h = hadamard_rows(classes, features)
     assert h.shape == (classes, features)
+    assert len(h.unique(dim=0)) == len(hadamard_rows(classes, features, False).unique(dim=0)) == classes
+    assert h.eq(1).all(1).any() == (classes == 1 << (features - 1).bit_length())
     assert (h @ h.T - features * torch.eye(classes)).max() < features
     i, j = torch.meshgrid(torch.arange(1, classes + 1), torch.arange(features), indexing="ij")
     if classes < 1 << (features - 1).bit_length():
@@ -63,9 +80,10 @@ def test_the_constant_row_would_win_behind_a_relu() -> None:
     assert len(winners.unique()) == 10
 
 
-def test_more_classes_than_features() -> None:
-    with pytest.raises(ValueError, match=r"16 features for 20 classes.*orthonormal"):
-        fix_classifier_(net(classes=20), "hadamard")
+def test_more_classes_than_different_rows() -> None:
+    for features, classes in ((16, 17), (16, 20), (84, 129), (1, 2)):
+        with pytest.raises(ValueError, match=rf"rows of {features} features, got {classes} classes.*orthonormal"):
+            fix_classifier_(net(features, classes), "hadamard")
     frame = orthonormal_rows(20, 16, seed=0)
     torch.testing.assert_close(frame.T @ frame, torch.eye(16), rtol=1e-5, atol=1e-6)
 
@@ -136,6 +154,21 @@ def test_unit_length_of_anything(size: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.float().norm(dim=1), length, rtol=1e-2, atol=0)
     assert x.grad is not None
     assert not x.grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "x", [(1, 0, 0), (-3, 0, 0), (1, 1e-9, 0), (1e30, 0, 0), (1e30, 1, 2), (0.6, 0, 0.8), (1, 2, 3)]
+)
+def test_the_gradient_has_nothing_along_the_input(x: tuple[float, ...], dtype: torch.dtype) -> None:
+    """Also where one feature is all of the length, so that the rest does not show in it."""
+    v, g = torch.tensor([x], dtype=dtype, requires_grad=True), torch.tensor([[0.3, -0.7, 0.2]], dtype=dtype)
+    unit(v, 1).backward(g)
+    assert v.grad is not None
+    length = v.detach().double().norm()
+    hat = v.detach().double() / length
+    want = g.double() - (g.double() * hat).sum() * hat
+    torch.testing.assert_close(v.grad.double() * length, want, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
 def test_a_zero_sample_gives_the_bias() -> None:
