@@ -44,8 +44,8 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
     if bits == 1:
         return straight_through(w, sign(w.detach()) * w.detach().abs().mean())
     t = w.tanh()
-    peak = t.abs().amax().clamp_min(torch.finfo(t.dtype).tiny)
-    return 2 * unit_quantize(t / (2 * peak) + 0.5, bits) - 1
+    peak = t.abs().amax()
+    return 2 * unit_quantize(t / (2 * torch.where(peak > 0, peak, 1)) + 0.5, bits) - 1  # weights of zeros have no scale
 
 
 class _QuantizedGradient(torch.autograd.Function):
@@ -86,7 +86,7 @@ class _Dorefa(QuantizedLayer, Matrix):
     def forward(self, x: Tensor) -> Tensor:
         bits = self.settings.act_bits
         if self.norm is not None:
-            x = self.norm(x if self.weight.dim() == 4 else x.flatten(0, -2)).view(x.shape)
+            x = self.norm(x if self.weight.dim() == 4 else x.reshape(-1, x.shape[-1])).view(x.shape)
         x = unit_quantize(x.clamp(0, 1), bits)
         step, zero = x.new_full((), 1 / (2**bits - 1)), x.new_zeros(())
         codec = StepCodes(Layout.of(x), min(width for width in WIDTHS if width >= bits), step, zero, None)
@@ -105,7 +105,7 @@ class _Dorefa(QuantizedLayer, Matrix):
     def health(self, x: Tensor) -> dict[str, float]:
         """`clip_ratio`: the share of inputs outside [0, 1], normalised by the running figures."""
         if (norm := self.norm) is not None:
-            flat = x if self.weight.dim() == 4 else x.flatten(0, -2)
+            flat = x if self.weight.dim() == 4 else x.reshape(-1, x.shape[-1])
             x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         clipped = ((x < 0) | (x > 1)).float().mean()
         return {"clip_ratio": clipped.item(), "step_size": 1 / (2**self.settings.act_bits - 1)}

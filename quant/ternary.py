@@ -27,10 +27,10 @@ def ternary_codes(w: Tensor, threshold: float, scale: Granularity) -> tuple[Tens
     (tensor([[-1.,  0.,  0.,  1.]]), tensor([[3.5000]]))
     """
     dims = list(range(1 if scale == "filter" else 0, w.dim()))
-    size = w.abs()
-    passed = (size > threshold * size.mean(dims, keepdim=True)).to(w.dtype)
+    size = w.abs().to(torch.promote_types(w.dtype, torch.float32))  # a float16 counts to 65,504 only
+    passed = (size > threshold * size.mean(dims, keepdim=True)).to(size.dtype)
     alpha = (size * passed).sum(dims, keepdim=True) / passed.sum(dims, keepdim=True).clamp_min(1)
-    return sign(w) * passed, alpha
+    return sign(w) * passed.to(w.dtype), alpha.to(w.dtype)
 
 
 class _Ternary(QuantizedLayer, Matrix):
@@ -65,7 +65,7 @@ class Ternary(Quantizer):
     """Settings of Ternary Weight Networks; conf/quant/ternary.yaml says what each one means."""
 
     threshold: Annotated[float, Gt(0)] = 0.7
-    scale: Literal["filter", "layer"] = "filter"
+    scale: Granularity = "filter"
 
     def layer(self, module: nn.Module) -> nn.Module:
         return rewrite(module, self, TernaryConv2d, TernaryLinear)

@@ -141,6 +141,14 @@ def test_constant_input_and_zero_weights_stay_finite(dtype: torch.dtype, value: 
     assert layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_weights_of_zeros_get_the_gradient_of_unit_scale(bits: int) -> None:
+    w, g = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 4)
+    quantize_weight(w, bits).backward(g)
+    assert w.grad is not None
+    assert torch.equal(w.grad, g)
+
+
 def test_compiles_to_one_graph() -> None:
     layer = Dorefa(grad_bits=8).layer(nn.Linear(12, 2))
     x = torch.randn(3, 12)

@@ -8,7 +8,7 @@ from test_functional import weight
 from torch import nn
 from torch.nn import functional as F
 
-from quant.ternary import Ternary, ternary_codes
+from quant.ternary import Granularity, Ternary, ternary_codes
 
 
 @pytest.mark.parametrize("scale", ["filter", "layer"])
@@ -71,6 +71,17 @@ def test_constant_weights_stay_finite(dtype: torch.dtype, value: float) -> None:
     y.sum().backward()
     assert y.isfinite().all()
     assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", ["filter", "layer"])
+def test_a_large_layer_in_half_has_the_scale_of_float(scale: Granularity) -> None:
+    """More weights pass than float16 can count, and their sum is beyond its numbers."""
+    w = weight((2, 200_000)).half()
+    codes, alpha = ternary_codes(w, 0.7, scale)
+    wide, want = ternary_codes(w.float(), 0.7, scale)
+    assert (codes.dtype, alpha.dtype) == (torch.float16, torch.float16)
+    assert torch.equal(codes.float(), wide)
+    torch.testing.assert_close(alpha.float(), want, rtol=1e-3, atol=0)
 
 
 def test_compiles_to_one_graph() -> None:
