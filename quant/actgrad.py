@@ -66,7 +66,7 @@ class CodedBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
             setattr(self, name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled() and x.numel()):
             return super().forward(x)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)

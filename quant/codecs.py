@@ -74,7 +74,7 @@ class Codes(ABC):
 
     @property
     def group_size(self) -> int:
-        return self.layout.count if self.group is None else min(self.group, self.layout.count)
+        return max(self.layout.count if self.group is None else min(self.group, self.layout.count), 1)
 
     def rows(self, x: Tensor) -> Tensor:
         """x -> (groups, group_size); the last value is repeated until the last group is full."""

@@ -199,7 +199,7 @@ class StepQuantizer(nn.Module):
         return torch.where(raw > smallest, raw, raw - raw.detach() + smallest)
 
     def _grad_scale(self, v: Tensor) -> float | Tensor:
-        samples = len(v) if self.settings.per_sample else 1
+        samples = len(v) if self.settings.per_sample and v.dim() > 1 else 1
         count = max(v.numel() // max(samples, 1) // self.step.numel(), 1)
         match self.settings.grad_scale:
             case "1/sqrt_n_qp":

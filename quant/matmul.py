@@ -87,7 +87,7 @@ class Linear:
         self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         dx = g @ w if need_x else None
-        dw = g.flatten(0, -2).mT @ x.flatten(0, -2) if need_w else None
+        dw = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if need_w else None
         return dx, dw
 
 
@@ -128,7 +128,8 @@ class _Matmul(torch.autograd.Function):
 def bias_gradient(g: Tensor, shape: Conv | Linear) -> Tensor:
     """The gradient of the bias: the sum over everything but the channels."""
     channel = 1 if isinstance(shape, Conv) else g.dim() - 1
-    return g.sum([d for d in range(g.dim()) if d != channel])
+    others = [d for d in range(g.dim()) if d != channel]
+    return g.sum(others) if others else g  # of no dimensions torch would sum all
 
 
 def _product(

@@ -211,7 +211,9 @@ class _RangeBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
         self.precision = Precision(act=input_range.bits, grad=grad_map.bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        image = x if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
+        if x.numel() == 0:
+            return super().forward(x)  # as torch has it: nothing comes out, and nothing is remembered
+        image = x.reshape(*x.shape, *[1] * (4 - x.dim()))
         codec: Codec = Whole()
         if self.input_range is not None:
             grid = self.input_range(image)

@@ -124,8 +124,8 @@ def fake_quantize(x: Tensor, grid: Grid, bits: int) -> Tensor:
 
 
 def span(x: Tensor, bits: int, zero_exact: bool = True) -> Grid:
-    """The grid of a whole tensor, between its minimum and its maximum."""
-    x = x.detach()
+    """The grid of a whole tensor, between its minimum and its maximum; of nothing, between 0 and 0."""
+    x = x.detach() if x.numel() else x.new_zeros(1)
     return grid(x.amin(), x.amax(), bits, zero_exact)
 
 
@@ -137,8 +137,11 @@ def row_limits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_sample_limits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every sample of a batch (B, ...), averaged over the batch: an outlier moves them by 1/B only."""
-    low, high = row_limits(x)
+    """Minimum and maximum of every sample of a batch (B, ...), averaged over the batch: an outlier moves them by 1/B only.
+
+    Of nothing, 0 and 0.
+    """
+    low, high = row_limits(x if x.numel() else x.new_zeros(1, 1))
     wide = torch.promote_types(x.dtype, torch.float32)
     return low.mean(dtype=wide), high.mean(dtype=wide)
 
@@ -194,7 +197,8 @@ class RunningRange(nn.Module):
     def forward(self, x: Tensor) -> Grid:
         low, high = mean_sample_limits(x)
         if self.training:
-            self._remember(low, high)
+            if x.numel():
+                self._remember(low, high)
         else:
             seen = self.batches > 0
             low, high = (
@@ -206,7 +210,8 @@ class RunningRange(nn.Module):
     def calibrate_(self, x: Tensor) -> None:
         """Begin anew with the ranges of x."""
         self.batches.zero_()
-        self._remember(*mean_sample_limits(x))
+        if x.numel():
+            self._remember(*mean_sample_limits(x))
 
     def health(self, x: Tensor) -> dict[str, float]:
         """`clip_ratio`: the share of x outside the mean range of its samples. `step_size`: the step of that range."""

@@ -87,7 +87,7 @@ def window_mean(x: Tensor, layer: nn.Conv2d) -> Tensor:
     x (B, C, H, W) -> (B, 1, H', W'), or (B, O, H', W') where the layer has groups.
     """
     groups = layer.groups
-    channel_mean = x.abs().view(x.shape[0], groups, -1, *x.shape[2:]).mean(2)
+    channel_mean = x.abs().view(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]).mean(2)
     height, width = layer.kernel_size
     box = x.new_full((groups, 1, height, width), 1 / (height * width))
     means = F.conv2d(channel_mean, box, None, layer.stride, layer.padding, layer.dilation, groups)
@@ -215,7 +215,7 @@ class _Binary(QuantizedLayer, Matrix):
         figures = {"step_size": self._latent_weight().abs().mean().item()}
         if self.settings.binary_activations:
             if (norm := self.norm) is not None:
-                flat = x if x.dim() == 4 else x.flatten(0, -2)
+                flat = x if x.dim() == 4 else x.reshape(-1, x.shape[-1])
                 x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
             figures["clip_ratio"] = (x.abs() > 1).float().mean().item()
         return figures
@@ -251,7 +251,7 @@ class BinaryLinear(_Binary, Linear):
         return nn.BatchNorm1d(self.in_features, **settings)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        return x if self.norm is None else self.norm(x.flatten(0, -2)).view(x.shape)
+        return x if self.norm is None else self.norm(x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def _input_scale(self, x: Tensor) -> Tensor:
         return x.abs().mean(-1, keepdim=True)
