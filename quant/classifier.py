@@ -34,8 +34,8 @@ Kind = Literal["hadamard", "orthonormal"]
 def hadamard_rows(classes: int, features: int, skip_constant_row: bool = True) -> Tensor:
     """`classes` rows of Sylvester's matrix, cut to `features` columns; mutually orthogonal if that is a power of two.
 
-    The matrix has as many rows as the next power of two from `features` up. They differ in its first half and the column behind
-    it already, so that cut rows are distinct. The constant row is used only where all others are taken (classes = that power).
+    The matrix has as many rows as the next power of two from `features` up. Columns 1, 2, 4, .. hold the bits of a row's number,
+    and none of them is cut: rows are distinct. The constant row is used only where all others are taken (classes = that power).
     Raises ValueError for more classes: rows would repeat, and their classes be told apart by their bias alone.
 
     >>> hadamard_rows(3, 4)
