@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import quant.classifier
 import quant.codecs
 import quant.dorefa
 import quant.frugal
 import quant.functional
 import quant.learned_step
 import quant.matmul
+import quant.proofs.ternary
 import quant.range_bn
+import quant.regularizer
 import quant.ternary
 import quant.uniform
 from quant.base import QUANTIZERS
@@ -92,6 +95,13 @@ def doubled(x: Tensor, value: Tensor) -> Tensor:
     return value.detach() + 2 * (x - x.detach())
 
 
+def clamped_unit(x: Tensor, dim: int) -> Tensor:
+    """Unit length with a length that counts as constant where one feature is all of it."""
+    wide = x / x.detach().abs().amax(dim, keepdim=True)
+    length: Tensor = wide.norm(dim=dim, keepdim=True)
+    return wide / length.clamp_min(1)
+
+
 def mutants() -> Iterator[Any]:
     f, step, norm, frugal = quant.functional, quant.learned_step, quant.range_bn, quant.frugal
     yield "xnor", f._ScaledSign, "backward", staticmethod(flipped_sign)
@@ -111,6 +121,11 @@ def mutants() -> Iterator[Any]:
     yield "dorefa", quant.dorefa, "straight_through", doubled
     yield "dorefa", quant.dorefa._QuantizedGradient, "backward", lambda ctx, g: (1.1 * g, None)
     yield "ternary", quant.ternary, "straight_through", doubled
+    yield "none", quant.classifier, "unit", lambda x, dim: x / x.norm(dim=dim, keepdim=True).detach()
+    yield "none", quant.classifier, "unit", clamped_unit
+    margin = quant.regularizer._Margin
+    yield "lsq", margin, "backward", scaled(margin.backward, 0, 1 + 1e-9)
+    yield "xnor", margin, "backward", scaled(margin.backward, 0, -1.0)
 
 
 @pytest.mark.parametrize(("name", "place", "attribute", "broken"), list(mutants()))
@@ -119,6 +134,14 @@ def test_a_broken_formula_is_caught(
 ) -> None:
     monkeypatch.setattr(place, attribute, broken)
     assert any(not verdict.holds for verdict in verify([name]))
+
+
+def test_a_second_opinion_has_levels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another threshold leaves is a best scale, too, but of other levels."""
+    codes = quant.ternary.ternary_codes
+    monkeypatch.setattr(quant.proofs.ternary, "ternary_codes", lambda w, _, scale: codes(w, 1.1, scale))
+    (scale,) = [verdict for verdict in verify(["ternary"]) if verdict.what == "alpha of a filter"]
+    assert not scale.holds
 
 
 def test_a_flipped_sign_ends_the_command_with_1(

@@ -5,7 +5,8 @@ the form in which the method was published. Where the two differ for a known rea
 of the second opinion under that name; only then must both agree. A deviation without a name fails, and so does a name
 without a deviation.
 
-The claims about quant/NAME.py stand in a file of this folder; every module here is found by itself. A plugin may bring its own:
+The claims about quant/NAME.py stand in a file of this folder; every module here is found by itself. Several may prove something
+of one quantizer: what works beside it, a classifier or a regularizer, has a file of its own. A plugin may bring claims, too:
 
     @proves("mine")
     def claims() -> Iterator[Claim]:
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
-CLAIMS: dict[str, Callable[[], Iterable["Claim"]]] = {}
+CLAIMS: dict[str, dict[str, Callable[[], Iterable["Claim"]]]] = {}
+"""By quantizer, and by the module that they stand in."""
 ROUNDING = 1e-12  # of the largest value: what float64 may lose in a few hundred operations
 NOTHING = "no claims: nothing proved"
 FAILED = "DEVIATES"
@@ -69,10 +71,10 @@ class Verdict:
 
 
 def proves(name: str) -> Callable[[Callable[[], Iterable[Claim]]], Callable[[], Iterable[Claim]]]:
-    """Make a function's claims known as those about the quantizer `name`."""
+    """Make a function's claims known as what its module has to prove of the quantizer `name`."""
 
     def add(claims: Callable[[], Iterable[Claim]]) -> Callable[[], Iterable[Claim]]:
-        CLAIMS[name] = claims
+        CLAIMS.setdefault(name, {})[claims.__module__] = claims
         return claims
 
     return add
@@ -80,14 +82,15 @@ def proves(name: str) -> Callable[[Callable[[], Iterable[Claim]]], Callable[[], 
 
 def verify(names: Iterable[str]) -> Iterator[Verdict]:
     """Judge every claim about these quantizers."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    for file in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{file.name}")
     for name in names:
         if name not in CLAIMS:
             yield Verdict(name, "", "", None, None, ROUNDING, NOTHING)
             continue
-        for claim in CLAIMS[name]():
-            yield judge(name, claim)
+        for module in sorted(CLAIMS[name]):
+            for claim in CLAIMS[name][module]():
+                yield judge(name, claim)
 
 
 def judge(method: str, claim: Claim) -> Verdict:

@@ -38,8 +38,13 @@ def _ternary(w: Tensor, scale: str) -> Tensor:
     """alpha t for the whole of w, or filter by filter."""
     if scale == "filter":
         return torch.cat([_ternary(one, "layer") for one in w.unsqueeze(1)])
-    large = w.abs() > 0.7 * w.abs().sum() / w.numel()
-    return torch.where(large, plain_sign(w), 0) * w.abs()[large].mean()
+    codes = _codes(w)
+    return codes * w.abs()[codes != 0].mean()
+
+
+def _codes(w: Tensor) -> Tensor:
+    """t for the whole of w."""
+    return torch.where(w.abs() > 0.7 * w.abs().sum() / w.numel(), plain_sign(w), 0)
 
 
 def _layer(scale: str, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -56,9 +61,4 @@ def _scales() -> Tensors:
 
 
 def _least_squares() -> Tensors:
-    rows, codes = W.flatten(1), ternary_codes(W, 0.7, "filter")[0].flatten(1)
-    return [
-        torch.stack(
-            [torch.linalg.lstsq(t[:, None], w[:, None]).solution[0, 0] for w, t in zip(rows, codes, strict=True)]
-        )
-    ]
+    return [torch.stack([torch.linalg.lstsq(_codes(w)[:, None], w[:, None]).solution[0, 0] for w in W.flatten(1)])]
