@@ -16,41 +16,13 @@ import torch
 from torch import Tensor
 
 from quant import fused
-from quant.pack import pack, unpack
+from quant.pack import Layout, pack, unpack
 
 ZERO_EXPONENT = -(1 << 14)  # stands for log2(0): below every exponent that a float has
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The shape of a tensor and the order in which its values lie in memory: what is stored is packed in that order."""
-
-    shape: tuple[int, ...]
-    channels_last: bool = False
-
-    @classmethod
-    def of(cls, x: Tensor) -> Self:
-        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return cls(tuple(x.shape), last)
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    def flat(self, x: Tensor) -> Tensor:
-        """The values of `x` in memory order, without a copy where it is dense."""
-        return (x.permute(0, 2, 3, 1) if self.channels_last else x).reshape(-1)
-
-    def restore(self, flat: Tensor) -> Tensor:
-        """The inverse of `flat`: a view with the shape and the strides of the tensor that this is the layout of."""
-        if not self.channels_last:
-            return flat.view(self.shape)
-        batch, channels, height, width = self.shape
-        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-@dataclass(frozen=True)
-class Codes(ABC):
+class GroupCodes(ABC):
     """`bits` a value, and a range for each `group` of values that are neighbours in memory (None: one for the tensor)."""
 
     layout: Layout
@@ -92,7 +64,7 @@ class Codes(ABC):
         return self.layout.restore(rows.view(-1)[: self.layout.count])
 
 
-class Uniform(Codes):
+class Uniform(GroupCodes):
     """2^bits equal steps from the smallest to the largest value of a group: Q(y) = lo + c step, c = round((y - lo) / step).
 
     >>> y = torch.tensor([0.0, 0.2, 0.7, 3.0])
@@ -126,7 +98,7 @@ class Uniform(Codes):
         return self.tensor(self.unpacked(packed, len(lo)).to(self.dtype).mul_(step).add_(lo))
 
 
-class PowerOfTwo(Codes):
+class PowerOfTwo(GroupCodes):
     """Q(y) = sign(y) 2^e, e = round(log2 |y|), for the highest exponents of a group; smaller values become zero.
 
     A code is e counted from below, 0 for the value 0. A group that holds a negative value spends a bit on the sign: it has

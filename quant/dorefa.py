@@ -17,11 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
-from quant.codecs import Layout
 from quant.functional import sign, straight_through
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.learned_step import StepCodes
-from quant.pack import WIDTHS
+from quant.pack import WIDTHS, Layout
 from quant.uniform import grid, round_to
 
 

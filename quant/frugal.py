@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from quant import fused
 from quant.base import QuantizedLayer
-from quant.codecs import Codes, Layout
-from quant.pack import WIDTHS, pack, pack_bits, unpack, unpack_bits
+from quant.codecs import GroupCodes
+from quant.pack import WIDTHS, Layout, pack, unpack
 
 Pair = tuple[int, int]
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ class _MaskedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.layout = Layout.of(x)
-        ctx.save_for_backward(pack_bits(ctx.layout.flat(x > 0)))
+        ctx.save_for_backward(ctx.layout.pack_flags(x > 0))
         return F.relu(x)
 
     @staticmethod
@@ -42,8 +42,8 @@ class _MaskedReLU(torch.autograd.Function):
             from quant.kernels import elementwise
 
             return elementwise.keep(mask, elementwise.dense_like(g, like))
-        flags = unpack_bits(mask, (ctx.layout.count,)).view(torch.int8)  # floats by floats: on a CPU, by bools is slow
-        dx: Tensor = ctx.layout.restore(flags.to(g.dtype)).mul(g)
+        flags = ctx.layout.unpack_flags(mask).view(torch.int8)  # floats by floats: on a CPU, by bools is slow
+        dx: Tensor = flags.to(g.dtype).mul(g)
         return dx
 
 
@@ -159,7 +159,7 @@ class _QuantizedNorm(torch.autograd.Function):
         running_var: Tensor,
         momentum: float,
         eps: float,
-        codec: Codes,
+        codec: GroupCodes,
     ) -> tuple[Tensor, ...]:
         y, mean, scale, *running = aten._native_batch_norm_legit_functional(
             x, w, b, running_mean, running_var, True, momentum, eps
@@ -182,7 +182,7 @@ class _QuantizedNorm(torch.autograd.Function):
         return dx, dw, db, None, None, None, None, None
 
 
-def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, codec: Codes) -> Tensor:
+def batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, codec: GroupCodes) -> Tensor:
     """Batch norm of a training step: exact forward, running statistics updated. x (B, C, ...) -> the same.
 
     Raises ValueError where a channel has a single value: it has no variance.

@@ -1,13 +1,13 @@
 """The few functions that every method shares, each with its formula. Gradients live here, settings live in the methods."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant.pack import pack_bits, unpack_bits
+from quant.pack import Layout
 
 Ste = Literal["clip", "bireal", "ede", "reste", "identity"]
 WeightGradient = Literal["exact", "binop", "paper", "ste"]
@@ -72,41 +72,14 @@ def filter_mean(w: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bits:
-    """How a tensor of yes and no is kept at 1 bit a value, in the order of its memory, so that nothing is moved about.
-
-    >>> x = torch.tensor([[True, False, True]])
-    >>> bits = Bits.of(x)
-    >>> (bits.pack(x).tolist(), bits.unpack(bits.pack(x)).tolist())
-    ([5], [[True, False, True]])
-    """
-
-    shape: torch.Size
-    channels_last: bool
-
-    @classmethod
-    def of(cls, x: Tensor) -> Self:
-        return cls(x.shape, x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-    def pack(self, flags: Tensor) -> Tensor:
-        return pack_bits(flags.permute(0, 2, 3, 1) if self.channels_last else flags.contiguous())
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        if not self.channels_last:
-            return unpack_bits(packed, self.shape)
-        batch, channels, height, width = self.shape
-        return unpack_bits(packed, (batch, height, width, channels)).permute(0, 3, 1, 2)
-
-
-@dataclass(frozen=True)
-class SignBits(Bits):
+class SignBits(Layout):
     """A codec for `quant.matmul`: an input of -1 and +1 is remembered at 1 bit a value, and comes back as int8."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.pack(x > 0),)
+        return (self.pack_flags(x > 0),)
 
     def decode(self, *saved: Tensor) -> Tensor:
-        return _plus_minus(self.unpack(saved[0]))
+        return _plus_minus(self.unpack_flags(saved[0]))
 
 
 # ---- the sign of activations ------------------------------------------------------------------------------------------
@@ -147,9 +120,9 @@ class _SteSign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ste: Ste, sharpness: Tensor | None) -> Tensor:
-        ctx.ste, ctx.bits = ste, Bits.of(x)
+        ctx.ste, ctx.layout = ste, Layout.of(x)
         if ste == "clip":
-            ctx.save_for_backward(ctx.bits.pack(x.abs() <= 1))
+            ctx.save_for_backward(ctx.layout.pack_flags(x.abs() <= 1))
         elif ste != "identity":
             ctx.save_for_backward(x, sharpness)
         return sign(x)
@@ -160,7 +133,7 @@ class _SteSign(torch.autograd.Function):
         if ctx.ste == "identity":
             return g, None, None
         if ctx.ste == "clip":
-            inside = ctx.bits.unpack(ctx.saved_tensors[0])
+            inside = ctx.layout.unpack_flags(ctx.saved_tensors[0])
             return inside.view(torch.int8).to(g.dtype).mul_(g), None, None
         x, sharpness = ctx.saved_tensors
         return g * ste_slope(x, ctx.ste, sharpness), None, None

@@ -17,12 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from quant import lsq_init
-from quant.codecs import Layout
-from quant.lsq_product import Learned
-from quant.pack import WIDTHS, pack, unpack
+from quant.lsq_product import StepSpec
+from quant.pack import WIDTHS, Layout, pack, unpack
 
 Range = Literal["auto", "unsigned", "signed", "symmetric"]
-Ste = Literal["clipped", "passthrough"]
+StepSte = Literal["clipped", "passthrough"]
 GradScale = Literal["none", "1/sqrt_n", "1/sqrt_n_qp"]
 Init = Literal["lsq", "lsq+", "mse", "const"]
 FirstStep = Literal["lsq", "three_sigma", "mse", "const"]
@@ -151,7 +150,7 @@ class StepSettings:
     bits: int
     kind: Range
     offset: bool = False
-    ste: Ste = "clipped"
+    ste: StepSte = "clipped"
     grad_scale: GradScale = "1/sqrt_n_qp"
     init: FirstStep = "lsq"
     constant: float = 1.0
@@ -208,10 +207,10 @@ class StepQuantizer(nn.Module):
                 return float(count**-0.5)
         return 1.0
 
-    def learned(self, v: Tensor) -> Learned:
+    def learned(self, v: Tensor) -> StepSpec:
         """What `quant.lsq_product` has to know besides v and the step."""
         settings = self.settings
-        return Learned(-self.qn, self.qp, self._grad_scale(v), settings.bits, settings.ste == "passthrough")
+        return StepSpec(-self.qn, self.qp, self._grad_scale(v), settings.bits, settings.ste == "passthrough")
 
     def codec(self, v_q: Tensor) -> StepCodes:
         """How to remember a result of `forward`."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quant import integer, lsq_product, matmul
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.layers import Conv2d, Linear, Matrix, rewrite
-from quant.learned_step import GradScale, Init, Param, Range, Ste, StepCodes, StepQuantizer, StepSettings
+from quant.learned_step import GradScale, Init, Param, Range, StepCodes, StepQuantizer, StepSettings, StepSte
 from quant.recomputed_norm import RecomputedBatchNorm2d
 
 WeightRange = Literal["full", "symmetric"]
@@ -31,7 +31,7 @@ class Switches:
     """Everything in which the presets differ. The defaults are v3, the paper's last version."""
 
     weight_range: WeightRange = "full"
-    weight_ste: Ste = "clipped"
+    weight_ste: StepSte = "clipped"
     weight_steps: Granularity = "tensor"
     act_range: Range = "auto"
     act_offset: bool = False
@@ -184,7 +184,7 @@ class Lsq(Quantizer):
     weight_bits: Annotated[int, Interval(ge=1, le=8)] = 4
     act_bits: Annotated[int, Interval(ge=1, le=8)] = 4
     weight_range: WeightRange | None = None
-    weight_ste: Ste | None = None
+    weight_ste: StepSte | None = None
     weight_steps: Granularity | None = None
     act_range: Range | None = None
     act_offset: bool | None = None

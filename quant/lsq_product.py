@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quant import integer, kernels
-from quant.codecs import Layout
 from quant.matmul import Conv, bias_gradient
-from quant.pack import WIDTHS, pack, unpack
+from quant.pack import WIDTHS, Layout, pack, unpack
 
 
 @dataclass(frozen=True)
-class Learned:
+class StepSpec:
     """What is known of one tensor's quantizer besides its step: levels, factor of the step's gradient, gradient outside."""
 
     low: Tensor
@@ -45,7 +44,7 @@ def obstacle(x: Tensor, w: Tensor) -> str | None:
 
 def conv2d(
     x: Tensor, step_x: Tensor, w: Tensor, step_w: Tensor, bias: Tensor | None,
-    of_x: Learned, of_w: Learned, shape: Conv, kernel: str = "auto",
+    of_x: StepSpec, of_w: StepSpec, shape: Conv, kernel: str = "auto",
 ) -> Tensor:  # fmt: skip
     """x (B, C, H, W), w (O, C/groups, h, w), a step for each -> (B, O, H', W'), in the memory format of x."""
     y: Tensor = _Product.apply(_dense(x), step_x, _dense(w), step_w, bias, of_x, of_w, shape, kernel)
@@ -60,7 +59,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, step_x: Tensor, w: Tensor, step_w: Tensor, bias: Tensor | None,
-        of_x: Learned, of_w: Learned, shape: Conv, kernel: str,
+        of_x: StepSpec, of_w: StepSpec, shape: Conv, kernel: str,
     ) -> Tensor:  # fmt: skip
         from quant.kernels import elementwise
 
@@ -131,7 +130,7 @@ def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
 
 
-def _gradients(v: Tensor, g: Tensor | None, step: Tensor, of: Learned) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(v: Tensor, g: Tensor | None, step: Tensor, of: StepSpec) -> tuple[Tensor | None, Tensor | None]:
     """Of v and of its step, from the gradient of what it was quantized to."""
     from quant.kernels import elementwise
 

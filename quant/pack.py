@@ -11,7 +11,9 @@ tensor([1, 2, 3, 0, 2], dtype=torch.uint8)
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -59,6 +61,48 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool tensor that `pack_bits` was given, in `shape`."""
     return unpack(packed, 1, shape).view(torch.bool)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a tensor and the order in which its values lie in memory: what is stored is packed in that order.
+
+    >>> x = torch.tensor([[True, False, True]])
+    >>> layout = Layout.of(x)
+    >>> (layout.pack_flags(x).tolist(), layout.unpack_flags(layout.pack_flags(x)).tolist())
+    ([5], [[True, False, True]])
+    """
+
+    shape: tuple[int, ...]
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return cls(tuple(x.shape), last)
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The values of `x` in memory order, without a copy where it is dense."""
+        return (x.permute(0, 2, 3, 1) if self.channels_last else x).reshape(-1)
+
+    def restore(self, flat: Tensor) -> Tensor:
+        """The inverse of `flat`: a view with the shape and the strides of the tensor that this is the layout of."""
+        if not self.channels_last:
+            return flat.view(self.shape)
+        batch, channels, height, width = self.shape
+        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def pack_flags(self, flags: Tensor) -> Tensor:
+        """A bool tensor of this layout at 1 bit a value."""
+        return pack_bits(self.flat(flags))
+
+    def unpack_flags(self, packed: Tensor) -> Tensor:
+        """The inverse of `pack_flags`."""
+        return self.restore(unpack_bits(packed, (self.count,)))
 
 
 def pack_slowly(codes: Tensor, bits: int) -> Tensor:

@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from quant.base import Precision, QuantizedLayer
 from quant.matmul import Codec, GradientMap, Whole
-from quant.uniform import Codes, GradientRounding, RunningRange, fake_quantize
+from quant.uniform import GradientRounding, GridCodes, RunningRange, fake_quantize
 
-Scale = Literal["reference", "paper", "d2"]
+Scale = Literal["d2", "reference", "paper"]
 LEAST = 8  # values in a chunk, where the batch has as many: about where a sample's ranges tell most of sigma
 REFERENCE = 0.5 * 0.35 * (1 + math.sqrt(math.pi * math.log(4)))  # 0.5402, of convNet.pytorch's RangeBN
 
@@ -217,7 +217,7 @@ class _RangeBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
         codec: Codec = Whole()
         if self.input_range is not None:
             grid = self.input_range(image)
-            image, codec = fake_quantize(image, grid, self.input_range.bits), Codes(grid, self.input_range.bits)
+            image, codec = fake_quantize(image, grid, self.input_range.bits), GridCodes(grid, self.input_range.bits)
         if self.running_mean is not None and self.running_var is not None and not self.training:
             wide = torch.promote_types(x.dtype, torch.float32)
             s = self.running_var.to(wide).sqrt() + self.eps

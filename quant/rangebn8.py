@@ -21,8 +21,8 @@ from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.frugal import MaskedReLU
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.matmul import GradientMap
-from quant.range_bn import RangeBatchNorm1d, RangeBatchNorm2d
-from quant.uniform import Codes, GradientRounding, Grid, RunningRange, encode, fake_quantize, grid, row_limits, span
+from quant.range_bn import RangeBatchNorm1d, RangeBatchNorm2d, Scale
+from quant.uniform import GradientRounding, Grid, GridCodes, RunningRange, encode, fake_quantize, grid, row_limits, span
 
 
 class _EightBit(QuantizedLayer, Matrix):
@@ -46,7 +46,7 @@ class _EightBit(QuantizedLayer, Matrix):
         bias = self.bias
         if bias is not None:
             bias = fake_quantize(bias, span(bias, of.bias_bits, of.zero_exact), of.bias_bits)
-        return self.product(x, w, bias, Codes(x_grid, of.act_bits), **self.maps)
+        return self.product(x, w, bias, GridCodes(x_grid, of.act_bits), **self.maps)
 
     def _weight_grid(self) -> Grid:
         return grid(*row_limits(self.weight), self.settings.weight_bits, self.settings.zero_exact)
@@ -106,7 +106,7 @@ class EightBit(Quantizer):
     zero_exact: bool = True
     momentum: Annotated[float, Gt(0), Le(1)] = 0.1
     range_bn: bool = True
-    scale: Literal["d2", "reference", "paper"] = "d2"
+    scale: Scale = "d2"
     chunks: Annotated[int, Ge(1)] = 16
     quantize_bn: bool = True
 

@@ -17,10 +17,10 @@ from quant.base import Precision, QuantizedLayer, Quantizer, register
 from quant.functional import sign, straight_through
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 
-Granularity = Literal["filter", "layer"]
+ScaleOf = Literal["filter", "layer"]
 
 
-def ternary_codes(w: Tensor, threshold: float, scale: Granularity) -> tuple[Tensor, Tensor]:
+def ternary_codes(w: Tensor, threshold: float, scale: ScaleOf) -> tuple[Tensor, Tensor]:
     """(t, alpha); alpha broadcasts against t, and is 0 where no weight passes the threshold.
 
     >>> ternary_codes(torch.tensor([[-3.0, 0.5, 0.5, 4.0]]), 0.7, "filter")
@@ -65,7 +65,7 @@ class Ternary(Quantizer):
     """Settings of Ternary Weight Networks; conf/quant/ternary.yaml says what each one means."""
 
     threshold: Annotated[float, Gt(0)] = 0.7
-    scale: Granularity = "filter"
+    scale: ScaleOf = "filter"
 
     def layer(self, module: nn.Module) -> nn.Module:
         return rewrite(module, self, TernaryConv2d, TernaryLinear)

@@ -147,7 +147,7 @@ def mean_sample_limits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Codes:
+class GridCodes:
     """What a matrix product keeps of an input that lies on a grid: its integer codes (a `quant.matmul.Codec`)."""
 
     grid: Grid

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from quant import kernels, matmul, packed
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
-from quant.functional import SignBits, scaled_sign, sign, ste_sign
+from quant.functional import SignBits, Ste, WeightGradient, scaled_sign, sign, ste_sign
 from quant.latent import standardised, window
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.sign_gradients import gradients
@@ -268,14 +268,14 @@ class Xnor(Quantizer):
     ((2, 4, 3, 3), 1, 1, [-1, 1])
     """
 
-    gradient: Literal["exact", "binop", "paper", "ste"] = "exact"
+    gradient: WeightGradient = "exact"
     centre: Literal["none", "project", "graph"] = "project"
     clamp: bool = True
     standardise: bool = False
     tau: Annotated[float, Ge(0.5), Lt(1)] | None = None
     binary_weights: bool = True
     binary_activations: bool = True
-    ste: Literal["clip", "bireal", "ede", "reste", "identity"] = "clip"
+    ste: Ste = "clip"
     sharpness: Annotated[float, Gt(0)] = 1.0
     input_norm: Literal["batch", "none"] = "batch"
     input_scale: bool = False

@@ -8,7 +8,7 @@ from quant import fused, kernels
 from quant.codecs import Uniform
 from quant.frugal import relu
 from quant.pack import pack_bits
-from quant.uniform import Codes, GradientRounding, Grid, decode, encode, grid, round_to, span
+from quant.uniform import GradientRounding, Grid, GridCodes, decode, encode, grid, round_to, span
 
 pytestmark = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
 SIZES = [1, 63, 64, 65, 4096, (1 << 15) - 1, (1 << 15) + 1, 100_003]
@@ -158,7 +158,7 @@ def test_threads_change_nothing() -> None:
 
     def everything() -> list[Tensor]:
         there = grid(x.amin(), x.amax(), 8)
-        codec = Codes(there, 8)
+        codec = GridCodes(there, 8)
         _, total = elementwise.step_gradient(x, x.clone(), torch.tensor(0.1), torch.tensor(-8), torch.tensor(7))
         return [elementwise.round_to_grid(x, there.step, 0.0, there.offset, 255, seed=5), total, *codec.encode(x)]
 

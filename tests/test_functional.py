@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.functional import Bits, SignBits, binop_factor, scaled_sign, sign, ste_sign, ste_slope, straight_through
+from quant.functional import SignBits, binop_factor, scaled_sign, sign, ste_sign, ste_slope, straight_through
+from quant.pack import Layout
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = [(6, 5, 3, 3), (4, 7), (3, 1, 5, 5), (1, 2, 1, 1)]
@@ -69,8 +70,8 @@ def test_one_bit_a_value_and_nothing_lost_in_any_layout(b: int, c: int, h: int, 
 
 def test_a_channels_last_tensor_comes_back_channels_last() -> None:
     x = sign(weight((2, 8, 4, 4))).to(memory_format=torch.channels_last)
-    bits = Bits.of(x)
-    assert bits.unpack(bits.pack(x > 0)).is_contiguous(memory_format=torch.channels_last)
+    layout = Layout.of(x)
+    assert layout.unpack_flags(layout.pack_flags(x > 0)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_straight_through_gives_the_value_to_the_bit_and_the_gradient_unchanged() -> None:

@@ -8,7 +8,7 @@ from test_functional import weight
 from torch import nn
 from torch.nn import functional as F
 
-from quant.ternary import Granularity, Ternary, ternary_codes
+from quant.ternary import ScaleOf, Ternary, ternary_codes
 
 
 @pytest.mark.parametrize("scale", ["filter", "layer"])
@@ -74,7 +74,7 @@ def test_constant_weights_stay_finite(dtype: torch.dtype, value: float) -> None:
 
 
 @pytest.mark.parametrize("scale", ["filter", "layer"])
-def test_a_large_layer_in_half_has_the_scale_of_float(scale: Granularity) -> None:
+def test_a_large_layer_in_half_has_the_scale_of_float(scale: ScaleOf) -> None:
     """More weights pass than float16 can count, and their sum is beyond its numbers."""
     w = weight((2, 200_000)).half()
     codes, alpha = ternary_codes(w, 0.7, scale)

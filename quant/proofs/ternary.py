@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from quant.proofs import Claim, Named, Tensors, proves
 from quant.proofs.tools import conv, gradients, layer_gradients, numbers, passed_through, plain_sign
-from quant.ternary import Granularity, Ternary, ternary_codes
+from quant.ternary import ScaleOf, Ternary, ternary_codes
 
 W, X = numbers(6, 4, 3, 3), numbers(3, 4, 6, 6, seed=4)
 
@@ -51,7 +51,7 @@ def _layer(scale: str, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.conv2d(x, passed_through(w, _ternary(w.detach(), scale)), b, padding=1)
 
 
-def _ours(scale: Granularity) -> Tensor:
+def _ours(scale: ScaleOf) -> Tensor:
     codes, alpha = ternary_codes(W, 0.7, scale)
     return codes * alpha
 
