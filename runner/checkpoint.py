@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from runner.faults import BadData, StorageError
+from runner.faults import BadData, StorageError, about_content
 from runner.files import reason, remove, sha256, write_atomic, write_json
 
 SCHEMA = 1
@@ -199,6 +199,8 @@ def loads(path: Path, digest: str | None = None) -> dict[str, Any]:
         _refuse_compressed(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a decoder trips over, the file is what is wrong
+        if not about_content(error):
+            raise
         raise Damaged(f"{path}: not a checkpoint that can be trusted ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise Damaged(f"{path}: holds a {type(state).__name__}, not a state")

@@ -86,7 +86,7 @@ class Diverged(RunnerError):
 
 
 class Locked(RunnerError):
-    """The run folder is in use, or cannot be made."""
+    """Another process works in the run folder."""
 
     code = Exit.LOCKED
 
@@ -121,6 +121,11 @@ def exit_code(error: BaseException) -> Exit:
         case RuntimeError() if re.search("out of memory|DefaultCPUAllocator", str(error), re.IGNORECASE):
             return Exit.OUT_OF_MEMORY  # torch has no type of its own for it on the CPU
     return Exit.INTERNAL
+
+
+def about_content(error: Exception) -> bool:
+    """Whether what a decoder raised can be about what it was given: no stop that broke it off, no lack of memory."""
+    return not isinstance(error, RunnerError) and exit_code(error) != Exit.OUT_OF_MEMORY
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.columns import HEALTH, METRICS, TIMING
 from runner.config import config_hash
-from runner.faults import Locked
+from runner.faults import Locked, StorageError
 from runner.files import NO_FOLLOW, reason, remove, still_true, write_json
 from runner.log import CsvLog
 from runner.schema import RunConfig
@@ -28,7 +28,7 @@ def run_path(config: RunConfig) -> Path:
 
 
 class RunFolder:
-    """An open run folder. Raises Locked where it cannot be made or another process works in it."""
+    """An open run folder. Raises Locked where another process works in it, StorageError where it cannot be used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,10 +36,10 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if path.is_symlink() or self.checkpoints.is_symlink():
-                raise Locked(f"{path}: is a symbolic link; runs are not written through links")
+                raise StorageError(f"{path}: is a symbolic link; runs are not written through links")
             self._lock = _take_lock(path / ".lock")
         except OSError as error:
-            raise Locked(f"{path}: cannot be used: {reason(error)}") from error
+            raise StorageError(f"{path}: cannot be used: {reason(error)}") from error
         for leftover in path.glob(".*.tmp-*"):  # of a process that was killed; nobody else writes here now
             remove(leftover)
         self.metrics = CsvLog(path / "metrics.csv", METRICS)

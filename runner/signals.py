@@ -2,11 +2,11 @@
 
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-from runner.faults import Preempted, RunnerError
+from runner.faults import Preempted
 
 FATAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -49,10 +49,24 @@ class StopRequest:
             raise _preempted(self.received)
 
     def blame(self, error: BaseException) -> BaseException:
-        """The stop, where that broke something off: an import may swallow it and leave a module half loaded behind."""
-        if self.received is None or not self._at_once or isinstance(error, RunnerError):
+        """The stop, where that broke something off: what was broken off may say something else, or be half done."""
+        if self.received is None or not self._at_once or isinstance(error, Preempted):
             return error
         return _preempted(self.received)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """TERM does what Ctrl-C does: who started other processes asks them to save, then ends."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _preempted(by: signal.Signals) -> Preempted:

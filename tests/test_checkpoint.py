@@ -16,7 +16,7 @@ from conftest import largest_file
 
 from runner import files
 from runner.checkpoint import SCHEMA, Checkpoints, dumps, load, loads, read_manifest
-from runner.faults import BadData, StorageError
+from runner.faults import BadData, Preempted, StorageError
 from runner.files import sha256
 
 State = dict[str, Any]
@@ -227,6 +227,19 @@ class Harm:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize(
+    "error", [Preempted("TERM"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str
+)
+def test_what_breaks_off_decoding_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    made = saved(tmp_path, 1, 2)
+    monkeypatch.setattr("torch.load", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        Checkpoints(tmp_path).newest()
+    assert made.manifests() == Checkpoints(tmp_path).manifests() != []
 
 
 def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:

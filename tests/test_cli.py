@@ -99,7 +99,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_torch_is_loaded(tmp_path
     (tmp_path / "elsewhere").mkdir()
     lines = [[f"outputs={tmp_path}/file"], ["outputs=/proc/nowhere"]]
     for line, answer in zip(lines, probed(lines, tmp_path), strict=True):
-        assert answer["code"] == 73, answer
+        assert answer["code"] == 74, answer
         assert line[0].removeprefix("outputs=") in str(answer["err"])
         assert answer["heavy"] == []
 
@@ -113,7 +113,7 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     folder.symlink_to(tmp_path / "elsewhere")
     (answer,) = probed([[f"outputs={tmp_path}/out"]], tmp_path)
-    assert answer["code"] == 73
+    assert answer["code"] == 74
     assert "symbolic link" in str(answer["err"])
 
 

@@ -20,10 +20,11 @@ from made_data import dataset_config, dataset_keys, write_cifar, write_images, w
 from PIL import Image
 
 from runner.data import decode
+from runner.data.datasets import Files
 from runner.data.load import Data, load
 from runner.data.locations import train_samples
 from runner.data.sources import MemorySource, Source, StreamSource
-from runner.faults import BadData, ConfigError
+from runner.faults import BadData, ConfigError, Preempted
 
 CPU = torch.device("cpu")
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -435,6 +436,17 @@ def test_a_bad_image_stops_the_run_and_is_named_or_is_left_out_and_counted(
     assert sum(len(labels) for _, labels in found) == 23
     assert made.train.skipped == 1
     assert_equal(found, batches(images(root, on_bad="skip", **keys).train))
+
+
+def test_a_stop_while_an_image_is_decoded_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def stopped(*_: object) -> None:
+        raise Preempted("stopped by SIGTERM")
+
+    monkeypatch.setattr(Image, "open", stopped)
+    with pytest.raises(Preempted), decode.opened(Files(tmp_path, "train", ("a.png",), torch.zeros(1)), "a.png"):
+        pass
 
 
 def test_a_set_of_bad_images_only(tmp_path: Path) -> None:

@@ -97,15 +97,13 @@ def test_a_trial_that_is_worse_than_the_others_is_stopped(tmp_path: Path) -> Non
     pruner = {"after_trials": 2, "after_epochs": 1}
     known = study(tmp_path, objectives={"best_val_top1": "maximize"}, pruner=pruner, trials=9)
     for reached in (90.0, 91.0):
-        good = known.next()
-        assert good is not None
+        good, _ = known.next() or pytest.fail("no trial")
         for epoch in range(4):
             good.report(reached, epoch)
         known.study.tell(good, reached)
-    bad = known.next()
-    assert bad is not None
+    bad, claim = known.next() or pytest.fail("no trial")
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    one = Running(bad, [], tmp_path, process, None)
+    one = Running(bad, claim, [], tmp_path, process, None)
     (tmp_path / "metrics.csv").write_text("epoch,best_val_top1\n0,10.0\n")
     _report(one, known)
     assert not one.pruned, "before `after_epochs` nothing is"
@@ -121,9 +119,9 @@ def test_a_search_that_was_stopped_chooses_as_one_that_was_not(tmp_path: Path) -
         for number in range(6):
             if stops and number == 3:
                 known = Study.open(known.options)
-            trial = known.next()
-            if trial is None:
+            if (asked := known.next()) is None:
                 break
+            trial, _ = asked
             found.append(float(str(chosen(known.options.search, trial)["lr"])))
             known.study.tell(trial, [found[-1], 1.0])
         return found

@@ -180,6 +180,14 @@ def test_failures_are_listed_and_tried_again_only_when_asked(tmp_path: Path) -> 
     assert (failed / "status.json").stat().st_mtime_ns != before
 
 
+def test_a_folder_that_cannot_be_used_ends_its_job_and_the_sweep(tmp_path: Path) -> None:
+    folder = SMALL.folder(tmp_path / "run")
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(tmp_path)
+    assert finished(start(["-m", *SMALL.command, "seed=0"], tmp_path / "run")) == 1
+    assert "symbolic link" in tail(tmp_path / "run")
+
+
 def test_a_sweep_whose_parent_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path) -> None:
     words = ["-m", *SMALL.command, "seeds=3"]
     began = time.monotonic()

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from runner.data.datasets import Files, Pixels
-from runner.faults import BadData, ConfigError, Fault
+from runner.faults import BadData, ConfigError, Fault, about_content
 
 log = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
@@ -51,9 +51,11 @@ def opened(files: Files, name: str) -> Iterator[Image.Image]:
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 raise BadImageError(name, f"pixels of more than 8 bits (mode {image.mode}) are not supported")
             yield image
-    except (BadImageError, MemoryError):
+    except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
+        if not about_content(error):
+            raise
         raise BadImageError(name, f"{type(error).__name__}: {error}") from error
 
 

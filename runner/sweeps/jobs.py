@@ -31,6 +31,16 @@ class Job:
     path: Path
 
     @property
+    def sweeps(self) -> Path:
+        """outputs/sweeps, where every job of a sweep keeps what is not its run's own."""
+        return self.path.parent.parent / "sweeps"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.sweeps / "logs" / f"{self.path.name}.log"
+
+    @property
     def label(self) -> str:
         return " ".join(self.told_by) or self.path.name
 

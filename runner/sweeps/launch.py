@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -35,13 +36,13 @@ LOOK_EVERY = 0.5  # seconds between two looks at whether the launcher's worker s
 PATIENCE = 60.0  # seconds that a job has to save after it was asked to stop
 
 
-def launch(jobs: Sequence[Job], hydra_words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[int]:
+def launch(jobs: Sequence[Job], hydra_words: Sequence[str], config_dirs: Sequence[str]) -> list[int]:
     """Run the jobs through Hydra's launcher; their exit codes, in order. Raises what the launcher raises."""
-    table = folder / f".jobs-{os.getpid()}"  # what each job is, and how it ended
+    folder = jobs[0].sweeps
     here = [f"--config-dir={directory}" for directory in config_dirs]
-    said = [{"words": [*here, *job.words], "log": str(_log(folder, job))} for job in jobs]
+    said = [{"words": [*here, *job.words], "log": str(job.log)} for job in jobs]
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    table.mkdir(exist_ok=True)
+    table = Path(tempfile.mkdtemp(prefix=".jobs-", dir=folder))  # what each job is, and how it ended
     write_json(table / "jobs.json", {"place": os.getcwd(), "jobs": said})
     numbers = ",".join(map(str, range(len(jobs))))
     words = [f"table={quoted(str(table.resolve()))}", f"hydra.sweep.dir={quoted(str(folder))}", *hydra_words]
@@ -56,10 +57,6 @@ def launch(jobs: Sequence[Job], hydra_words: Sequence[str], config_dirs: Sequenc
         raise LauncherFailed(f"the launcher gave up: {problem}\nrun the same command again to go on") from error
     finally:
         shutil.rmtree(table, ignore_errors=True)
-
-
-def _log(folder: Path, job: Job) -> Path:
-    return folder / "logs" / f"{job.path.name}.log"
 
 
 @contextmanager

@@ -6,15 +6,14 @@ The same command again goes on where it was, however it ended; the same command 
 A trial is a run folder like any other, so a trial that was killed resumes at its last checkpoint.
 """
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from runner.compose import config_from
 from runner.faults import ConfigError, Exit, Fault
 from runner.folder import run_path
 from runner.screen import Screen
+from runner.signals import interruptible
 from runner.sweeps.search_options import Options, options_of
 from runner.sweeps.search_space import words_of
 
@@ -30,7 +29,7 @@ def search(words: Sequence[str]) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     screen, study = Screen("plain"), Study.open(options)
     try:
-        with _interruptible():
+        with interruptible():
             run_trials(study, options, screen)
     except KeyboardInterrupt:
         screen.say("stopped; run the same command again to go on")
@@ -55,17 +54,3 @@ def _check_one(options: Options) -> None:
     """One point of the space must be a config: what is wrong with all of them is said before the first trial."""
     point = {name: dimension.some() for name, dimension in options.search.dimensions().items()}
     run_path(config_from(words_of(options.search, point, options.words, options.config_dirs), options.config_dirs))
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """TERM stops a search as Ctrl-C does: the runs under way save."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -32,6 +32,7 @@ from runner.sweeps.search_space import chosen, words_of
 
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 LOOK_EVERY = 0.5  # seconds between two looks at the runs under way
+PAUSE = 5.0  # seconds before a run that another process works at is tried again
 KILLS = 3  # a run that was killed so often is given up
 
 
@@ -58,29 +59,33 @@ class Study:
             )
         return cls(options, study)
 
-    def next(self) -> "Trial | None":
-        """A trial that nobody works at: one that was left behind, or a new one; None where there are enough."""
+    def next(self) -> tuple[Trial, int] | None:
+        """A trial that nobody works at, left behind or new, and the handle that claims it; None where there are enough."""
         with _locked(self.folder / ".lock"):
             trials = self.study.get_trials(deepcopy=False)
             for left in (t for t in trials if t.state == TrialState.RUNNING):
-                if self._claim(left.number):
-                    return Trial(self.study, left._trial_id)
+                if (claim := self._claim(left.number)) is None:
+                    continue
+                if self.study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
+                    return Trial(self.study, left._trial_id), claim
+                os.close(claim)  # it was told between our look and our claim
             if len(trials) >= self.options.search.trials:
                 return None
             self.study.sampler = _sampler(self.options, len(trials))
             trial = self.study.ask()
-            self._claim(trial.number)
-            return trial
+            claim = self._claim(trial.number)
+            assert claim is not None, "nobody knows of a trial that was asked for just now"
+            return trial, claim
 
-    def _claim(self, number: int) -> bool:
-        """Whether the trial is ours from now on; it is free again as soon as this process is gone."""
+    def _claim(self, number: int) -> int | None:
+        """A handle that makes the trial ours until it is closed or this process is gone; None where it is another's."""
         handle = os.open(self.folder / f".trial-{number}", os.O_RDWR | os.O_CREAT | NO_FOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            return False
-        return True  # the handle stays open on purpose: it is the claim
+            return None
+        return handle
 
     def finished(self) -> list[FrozenTrial]:
         """Trials with a result."""
@@ -155,9 +160,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 @dataclass
 class Running:
-    """A trial and the process that runs it; `slot` is the locked file of its GPU."""
+    """A trial and the process that runs it; `claim` and `slot` are the locked files of the trial and of its GPU."""
 
     trial: Trial
+    claim: int
     words: list[str]
     path: Path
     process: "subprocess.Popen[bytes]"
@@ -165,6 +171,7 @@ class Running:
     epochs: int = 0
     pruned: bool = False
     kills: int = 0
+    rests_until: float = 0.0  # somebody else works in its folder: it is tried again then
 
 
 def run_trials(study: Study, options: Options, screen: Screen) -> None:
@@ -178,7 +185,9 @@ def run_trials(study: Study, options: Options, screen: Screen) -> None:
             if not running:
                 return
             time.sleep(LOOK_EVERY)
-            running = [one for one in running if not _over(one, study, options, screen)]
+            for one in [one for one in running if _over(one, study, options, screen)]:
+                os.close(one.claim)
+                running.remove(one)
     except KeyboardInterrupt:
         for one in running:
             ask_to_stop(one.process)
@@ -186,16 +195,18 @@ def run_trials(study: Study, options: Options, screen: Screen) -> None:
 
 
 def _start_next(study: Study, options: Options, screen: Screen) -> Running | None:
-    while (trial := study.next()) is not None:
+    while (found := study.next()) is not None:
+        trial, claim = found
         words = words_of(options.search, chosen(options.search, trial), options.words, options.config_dirs)
         try:
             path = run_path(config_from(words, options.config_dirs))
         except ConfigError as error:  # a corner of the space that is no config
             _tell(study, trial, screen, "failed", why=str(error.faults[0]))
+            os.close(claim)
             continue
         trial.set_user_attr("run", path.name)
         process, slot = _process(words, options, trial.number)
-        return Running(trial, words, path, process, slot)
+        return Running(trial, claim, words, path, process, slot)
     return None
 
 
@@ -217,7 +228,10 @@ def _over(one: Running, study: Study, options: Options, screen: Screen) -> bool:
     """Report what is new; whether the trial is over, and if so told."""
     code = one.process.poll()
     _report(one, study)
-    if code is None:
+    if code is None or time.monotonic() < one.rests_until:
+        return False
+    if code == Exit.LOCKED and not one.rests_until:  # somebody else runs the same
+        one.rests_until = time.monotonic() + PAUSE
         return False
     if one.slot is not None:
         os.close(one.slot)
@@ -225,10 +239,9 @@ def _over(one: Running, study: Study, options: Options, screen: Screen) -> bool:
         _tell(study, one.trial, screen, "pruned")
     elif code == Exit.DONE:
         _tell(study, one.trial, screen, "complete", [measured(one.path, goal) for goal in study.goals])
-    elif code == Exit.LOCKED or (
-        code < 0 and one.kills < KILLS
-    ):  # somebody else runs the same, or it was killed: again
+    elif code == Exit.LOCKED or (code < 0 and one.kills < KILLS):  # it rested, or it was killed: again
         one.kills += code < 0
+        one.rests_until = 0.0
         one.process, one.slot = _process(one.words, options, one.trial.number)
         return False
     elif code == Exit.PREEMPTED:

@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -18,6 +17,7 @@ import hydra
 from runner.compose import conf_folder, split_options
 from runner.faults import ConfigError, Exit, Fault
 from runner.screen import Screen
+from runner.signals import interruptible
 from runner.statistics import paired_difference, spread
 from runner.sweeps.jobs import Job, jobs_of
 from runner.sweeps.launch import check_launcher, launch
@@ -38,11 +38,10 @@ def sweep(words: Sequence[str]) -> int:
     now = {job: standing(job.path) for job in jobs}
     done = {job for job in jobs if now[job].state in (FINAL if retry == "none" else {"done"})}
     todo = [job for job in jobs if job not in done]
-    folder = _root(jobs[0]) / "sweeps"
-    screen.say(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them over already; what they print: {folder / 'logs'}")
+    screen.say(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them over already; what they print: {jobs[0].log.parent}")
     try:
-        with _interruptible(), watched(now, todo, screen):
-            ended = _until_over(todo, hydra_words, config_dirs, folder)
+        with interruptible(), watched(now, todo, screen):
+            ended = _until_over(todo, hydra_words, config_dirs)
     except KeyboardInterrupt:
         _summary(_judged(now, {}), screen)
         screen.say("stopped; run the same command again to go on")
@@ -52,16 +51,14 @@ def sweep(words: Sequence[str]) -> int:
     return int(Exit.DONE if all(one.state == "done" for one in now.values()) else Exit.JOB_FAILED)
 
 
-def _until_over(
-    todo: Sequence[Job], hydra_words: Sequence[str], config_dirs: Sequence[str], folder: Path
-) -> dict[Job, int]:
+def _until_over(todo: Sequence[Job], hydra_words: Sequence[str], config_dirs: Sequence[str]) -> dict[Job, int]:
     """The exit codes of the jobs. One that another process works at is waited for: that may end, or be killed."""
     ended: dict[Job, int] = {}
     left = list(todo)
     while left:
-        codes = dict(zip(left, launch(left, hydra_words, config_dirs, folder), strict=True))
+        codes = dict(zip(left, launch(left, hydra_words, config_dirs), strict=True))
         ended |= codes
-        left = [job for job in left if codes[job] == Exit.LOCKED and job.path.is_dir()]
+        left = [job for job in left if codes[job] == Exit.LOCKED]
         if left:
             time.sleep(PAUSE)
     return ended
@@ -89,25 +86,6 @@ def _own_words(words: Sequence[str]) -> tuple[str, list[str]]:
     return retry, rest
 
 
-def _root(job: Job) -> Path:
-    """The folder `outputs`, which every job of a sweep writes to."""
-    return job.path.parent.parent
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """TERM stops a sweep as Ctrl-C does: the job under way saves."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _judged(now: dict[Job, Standing], ended: dict[Job, int]) -> dict[Job, Standing]:
     """How the jobs stand in the end. A job that could not say so itself is told by its exit code."""
     found = {job: one if one.state in FINAL and job not in ended else standing(job.path) for job, one in now.items()}
@@ -115,17 +93,26 @@ def _judged(now: dict[Job, Standing], ended: dict[Job, int]) -> dict[Job, Standi
         one = found[job]
         if one.state not in FINAL and code != 0:
             found[job] = Standing(
-                "stopped" if code in {75, -9, -15} else "failed", one.share, one.accuracy, _why(code, one)
+                "stopped" if code in {75, -9, -15} else "failed", one.share, one.accuracy, _why(code, one, job.log)
             )
     return found
 
 
-def _why(code: int, one: Standing) -> str:
+def _why(code: int, one: Standing, log: Path) -> str:
     if code >= 0:
-        return one.reason or f"exit code {code}"
+        return one.reason or _last_words(log) or f"exit code {code}"
     name = signal.Signals(-code).name
     hint = "; out of memory? The same command goes on from its last checkpoint" if code == -signal.SIGKILL else ""
     return f"killed by {name}{hint}"
+
+
+def _last_words(log: Path) -> str:
+    """The last line that a job printed, where it could write nothing into its folder."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.removeprefix("runner: ") for line in reversed(lines) if line.strip()), "")
 
 
 def _summary(now: dict[Job, Standing], screen: Screen) -> None:
