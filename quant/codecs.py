@@ -2,7 +2,7 @@
 
     y -> packed codes, and a few numbers for each group of values -> Q(y)
 
-`Uniform` has equal steps between the smallest and the largest value of a group (Chakrabarti, Moseley, arXiv 1901.07988, store
+`Uniform` has equally spaced values from the smallest to the largest of a group (Chakrabarti, Moseley, arXiv 1901.07988, store
 activations so; the range of each group is ActNN's, arXiv 2104.14129). `PowerOfTwo` has the levels of arXiv 1510.03009.
 With stochastic rounding E[Q(y)] = y in both (to 2^-17 of a step), and for `Uniform` Var[Q(y)] <= step^2 / 4.
 """
@@ -65,7 +65,7 @@ class GroupCodes(ABC):
 
 
 class Uniform(GroupCodes):
-    """2^bits equal steps from the smallest to the largest value of a group: Q(y) = lo + c step, c = round((y - lo) / step).
+    """2^bits equally spaced values from the smallest to the largest of a group: Q(y) = lo + c step, c = round((y - lo) / step).
 
     >>> y = torch.tensor([0.0, 0.2, 0.7, 3.0])
     >>> codec = Uniform.of(y, bits=2)

@@ -133,6 +133,17 @@ def test_what_is_said_of_accuracies_is_in_the_rows() -> None:
     )
     assert f"{levels[0]:.2f} and {levels[1]:.2f} % where `plain` reaches {plain[0]:.2f} and {plain[1]:.2f}" in QUANT
     assert min(lsq, key=lambda settings: lsq[settings].mean).count("preset=plain")
+    rows = collect([PUBLISHED / "variants_lenet5_mnist.csv"])
+    plus, v3 = (
+        [
+            row["test_top1"]
+            for row in rows
+            if row["settings"] == f"quant.act_bits=2 {own}quant.step_change=null quant.weight_bits=2"
+        ]
+        for own in ("quant.preset=plus ", "")
+    )
+    first, second, third = (a - b for a, b in zip(plus, v3, strict=True))
+    assert f"`plus` minus `v3` is {first:+.2f}, {second:+.2f} and {third:+.2f} points over the seeds" in QUANT
 
 
 def rows_of(name: str) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ def claims() -> Iterator[Claim]:
 
 
 def on_grid(x: Tensor, low: Tensor, high: Tensor, bits: int, zero_exact: bool) -> Tensor:
-    """The value of x on 2^bits equal steps; with an exact zero, one step fewer covers the range where 0 lies inside."""
+    """The nearest of 2^bits equally spaced values; with an exact zero, one step fewer covers the range where 0 lies inside."""
     top = 2**bits - 1
     if not zero_exact:
         step = (high - low) / top
