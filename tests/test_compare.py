@@ -13,10 +13,11 @@ from runner.faults import ConfigError
 from runner.pages.command import dashboard
 from runner.pages.compare import SCRIPTS, add_rows, comparison_body, costs_in_words, entries_of, write_comparison
 from runner.pages.dashboard import write_dashboard
-from runner.pages.entries import Entry, base_of, encoded, entry_of, points_for, settings_of
+from runner.pages.entries import Entry, base_of, encoded, entry_of, points_for
 from runner.pages.figures import Sheet
 from runner.pages.page import page, write_page
 from runner.pages.records import find_runs, read_run
+from runner.pages.settings import settings_of
 
 HOSTILE = '</script><img src=//x.example/i onerror="window.hit=1"><script>window.hit=1</script>\'"&{{7*7}}$$x^2$$=1'
 BITS = {"none": 32, "lsq": 4, "xnor": 1}
@@ -51,7 +52,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_row_tells_settings_as_differences_from_the_most_common_ones(tmp_path: Path) -> None:
     runs = [read_run(folder) for folder in find_runs(make_runs(tmp_path, ("lsq", "xnor"), 2))]
-    settings = [settings_of(run) for run in runs]
+    settings = [settings_of(run.config, run.summary) for run in runs]
     base = base_of(settings)
     assert not {"name", "outputs", "trainer.progress"} & set(base)
     rows = [json.loads(encoded(entry_of(run, "x", 50), base)) for run in runs]

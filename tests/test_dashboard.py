@@ -438,7 +438,13 @@ def test_the_float_run_beside_it_is_what_a_run_is_compared_with(tmp_path: Path) 
     mine = make_run(tmp_path / "lsq", epochs=2, layers=LENET, drops=())
     base = make_run(tmp_path / "none", epochs=2, layers=LENET, drops=(), quant="none")
     other = make_run(tmp_path / "none-other-seed", epochs=2, layers=LENET, drops=(), quant="none")
-    for folder, seed, top1 in ((mine, 0, 98.5), (base, 0, 99.0), (other, 1, 10.0)):
+    wider = make_run(tmp_path / "a-wider-network", epochs=2, layers=LENET, drops=(), quant="none")
+    slower = make_run(tmp_path / "another-rate", epochs=2, layers=LENET, drops=(), quant="none")
+    for folder, key in ((wider, "model"), (slower, "regime")):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config[key] = {**config.get(key, {}), "made_up": 3}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for folder, seed, top1 in ((mine, 0, 98.5), (base, 0, 99.0), (other, 1, 10.0), (wider, 0, 20.0), (slower, 0, 30.0)):
         path = folder / "summary.json"
         told = {"seed": seed, "test_top1": top1, "best_val_top1": top1 + 0.25 * (folder == mine)}
         path.write_text(json.dumps(json.loads(path.read_text()) | told))
@@ -446,5 +452,6 @@ def test_the_float_run_beside_it_is_what_a_run_is_compared_with(tmp_path: Path) 
     assert "Test accuracy 98.50 % \N{MINUS SIGN}0.50 points to float (99.00 %, none)" in text
     assert "Best validation accuracy 98.75 % \N{MINUS SIGN}0.25 points to float (99.00 %); after epoch" in text
     assert "points to float" not in Page(write_dashboard(base)).text
-    base.rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    for folder in (base, slower):
+        folder.rename(tmp_path.parent / f"{tmp_path.name}-{folder.name}")
     assert "points to float" not in Page(write_dashboard(mine)).text

@@ -93,6 +93,30 @@ def test_a_config_with_a_name_of_its_own_is_not_the_method_that_it_sets(tmp_path
     ]
 
 
+def test_networks_and_data_go_by_the_config_that_was_chosen(tmp_path: Path) -> None:
+    own = [["--config-dir", "my", "model=wide"], ["--config-dir=my", "model=wide"], ["model=lenet5", "curve=x.csv"], []]
+    for seed, words in enumerate(own):
+        make(tmp_path / "a", "none", seed, 90.0, *words, *["trainer.recompute=blocks"] * (seed == 3))
+    for seed, root in enumerate(("/data/cats", "/data/x-ray", "/elsewhere/cats/")):
+        make(tmp_path / "b", "none", seed, 50.0, "dataset=folder", f"dataset.root={root}")
+    groups = groups_of(collect([tmp_path]))
+    assert [(g.network, g.dataset, g.settings, len(g.rows)) for g in groups] == [
+        ("lenet5", "cats", "", 2), ("lenet5", "mnist", "", 1), ("lenet5", "mnist", "trainer.recompute=blocks", 1),
+        ("wide", "mnist", "", 2), ("lenet5", "x-ray", "", 1),
+    ]  # fmt: skip
+    assert "/data" not in as_csv(collect([tmp_path]))
+
+
+def test_what_is_not_whole_is_named_or_left_out(outputs: Path, tmp_path: Path) -> None:
+    torn, whole = tmp_path / "torn.csv", as_csv(collect([outputs]))
+    torn.write_text(whole[: whole.rindex(",lsq,") + 20])
+    with pytest.raises(ConfigError, match=r"torn\.csv: line 8 has not as many cells"):
+        collect([torn])
+    path = next(outputs.glob("runs/lsq-0-1/summary.json"))
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "epochs"}))
+    assert len(collect([outputs])) == 6
+
+
 def test_rows_survive_a_csv_and_name_no_place(outputs: Path, tmp_path: Path) -> None:
     rows = collect([outputs])
     path = tmp_path / "rows.csv"

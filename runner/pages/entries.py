@@ -19,9 +19,8 @@ import pandas as pd
 
 from runner.pages.page import number
 from runner.pages.records import Run
-from runner.pages.settings import NO_SETTINGS, flatten, shown
+from runner.pages.settings import settings_of
 
-REMARKS = (".why", ".optional")  # of the rules of a quantizer
 CURVES = ("val_top1", "train_top1", "val_loss", "train_loss", "lr")
 MOST_CURVES = 2_000
 ALL_POINTS, MOST_POINTS, FEWEST_POINTS = 40_000, 200, 20
@@ -60,14 +59,6 @@ def identity(folder: Path) -> str:
     return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
 
 
-def settings_of(run: Run) -> dict[str, str]:
-    """The settings that can change a number of the result, each as its YAML says it."""
-    flat = flatten(run.config) or {
-        f"{group}.name": run.summary[group] for group in ("model", "quant", "dataset") if group in run.summary
-    }
-    return {key: shown(value) for key, value in flat.items() if key not in NO_SETTINGS and not key.endswith(REMARKS)}
-
-
 def base_of(settings: Iterable[dict[str, str]]) -> dict[str, str]:
     """The most common value of every key.
 
@@ -98,7 +89,7 @@ def brief_of(run: Run, link: str, base: dict[str, str]) -> Entry:
 def entry_of(run: Run, link: str, points: int) -> Entry:
     """The row of a run with all of its settings; `points` is how many points a curve may have."""
     metrics, summary = run.metrics, run.summary
-    settings = settings_of(run)
+    settings = settings_of(run.config, run.summary)
     return {
         "id": identity(run.folder),
         "name": run.name,

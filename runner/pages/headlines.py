@@ -1,12 +1,17 @@
 """The cards at the head of a run page: what the run reached and what it cost, each number with its unit."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import pandas as pd
 
 from runner.pages.page import NOTHING, amount, duration, number, plain, size, text
-from runner.pages.records import Run, find_runs, read_summary
+from runner.pages.records import Run, find_runs, read_config, read_summary
+from runner.pages.settings import settings_of
 
 MOST_NEIGHBOURS = 1_000
 SAME = ("model", "dataset", "epochs", "seed")
+GROUND = ("model.", "classifier.", "dataset.")  # settings of the network and of its data
 
 
 def headlines(run: Run) -> str:
@@ -48,15 +53,30 @@ def headlines(run: Run) -> str:
 
 
 def float_beside(run: Run) -> tuple[dict[str, object], str]:
-    """The summary and the folder of a float run beside a finished one, with the same network, data, epochs and seed."""
+    """The summary and the folder of a float run beside a finished one, with the same network, data, epochs and seed.
+
+    Of several, the one whose training differs in the fewest settings.
+    """
     mine = run.summary
     if not mine or mine.get("quant") == "none":
         return {}, ""
-    for folder in find_runs(run.folder.parent)[:MOST_NEIGHBOURS]:
-        other = read_summary(folder)
-        if other.get("quant") == "none" and all(other.get(key) == mine.get(key) for key in SAME):
-            return other, folder.name
-    return {}, ""
+    summaries = ((folder, read_summary(folder)) for folder in find_runs(run.folder.parent)[:MOST_NEIGHBOURS])
+    floats = [
+        (folder, other)
+        for folder, other in summaries
+        if other.get("quant") == "none" and all(other.get(key) == mine.get(key) for key in SAME)
+    ]
+    own = settings_of(run.config, mine)
+    others = [(_different(own, settings_of(read_config(folder), other)), folder, other) for folder, other in floats]
+    alike = [
+        (len(keys), folder, other) for keys, folder, other in others if not any(k.startswith(GROUND) for k in keys)
+    ]
+    _, folder, other = min(alike, key=lambda one: one[0], default=(0, Path(), {}))
+    return other, folder.name
+
+
+def _different(a: Mapping[str, str], b: Mapping[str, str]) -> set[str]:
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
 def _gap(mine: object, floats: object, *which: str) -> str:

@@ -127,6 +127,11 @@ def read_summary(folder: Path) -> dict[str, object]:
     return _mapping(folder / "summary.json", json.loads, [])
 
 
+def read_config(folder: Path) -> dict[str, object]:
+    """The config of a run; empty where there is none that can be read."""
+    return _mapping(folder / "config.yaml", _load_yaml, [])
+
+
 def find_runs(root: Path) -> list[Path]:
     """Every run folder at or below `root`, sorted; links and hidden folders are not followed."""
     found: list[Path] = []

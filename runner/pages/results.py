@@ -32,6 +32,7 @@ NUMBERS = {
     "peak_memory_bytes",
 }
 LONGEST = 100  # letters of a name
+NEEDED = ("model", "dataset", "quant", "seed", "epochs", "test_top1")  # of a summary, to be a row
 Row = dict[str, Any]
 Task = tuple[str, str, int]  # network, data, epochs
 
@@ -57,7 +58,11 @@ def _from_csv(path: Path) -> list[Row]:
         raise ConfigError(
             [Fault(str(path), f"holds no rows of `report --format csv`: no column {', '.join(sorted(lost))}")]
         )
-    return [_numbers(row) for row in table]
+    rows = list(table)
+    torn = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
+    if torn:
+        raise ConfigError([Fault(str(path), f"line {', '.join(torn)} has not as many cells as the first one")])
+    return [_numbers(row) for row in rows]
 
 
 def _row(folder: Path) -> Row | None:
@@ -65,19 +70,18 @@ def _row(folder: Path) -> Row | None:
         summary = json.loads((folder / "summary.json").read_bytes())
         environment = summary["environment"]
         facts = {key: environment.get(key, "") for key in ("cpu", "threads", "torch", "code")}
-        own = {key: summary[key] for key in ROW if key in summary and key != "command"}
-        return (
-            own
-            | {"quant": _chosen("quant", summary["command"]) or summary["quant"]}
-            | facts
-            | {"settings": _settings(summary["command"]), "command": _public(summary["command"]), "folder": folder}
-        )
+        command = summary["command"]
+        own = {key: summary[key] for key in ROW if key in summary} | {key: summary[key] for key in NEEDED}
+        chosen = {group: _chosen(group, command) or summary[group] for group in ("model", "dataset", "quant")}
+        if chosen["dataset"] == "folder":
+            chosen["dataset"] = Path(_chosen("dataset.root", command) or "data").resolve().name
+        return own | chosen | facts | {"settings": _settings(command), "command": _public(command), "folder": folder}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _chosen(group: str, command: Sequence[str]) -> str:
-    """The config that was chosen of a group: `bwn`, say, which sets what `xnor` has."""
+    """The config that was chosen of a group: `bwn`, say, which sets what `xnor` has. Images of a folder go by its name."""
     return next((word.partition("=")[2] for word in reversed(command) if word.startswith(f"{group}=")), "")
 
 
@@ -93,7 +97,8 @@ def _settings(command: Sequence[str]) -> str:
         "trainer.threads",
         "trainer.device",
     }
-    return " ".join(sorted(word for word in command if "=" in word and word.partition("=")[0].lstrip("+") not in told))
+    words = [word for word in command if "=" in word and not word.startswith("-")]
+    return " ".join(sorted(word for word in words if word.partition("=")[0].lstrip("+") not in told))
 
 
 def _public(command: Sequence[str]) -> str:

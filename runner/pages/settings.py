@@ -4,13 +4,16 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 
+from runner.config import IRRELEVANT
+
 MOST_KEYS = 2_000
 CHOSEN = ("model", "quant", "dataset")
-# Keys that cannot change a number of the result: where things lie, and how a run is shown and saved.
-NO_SETTINGS = frozenset(
-    "mode name outputs checkpoint plugins epochs regime.epochs trainer.checkpoint_every trainer.progress trainer.dashboard "
-    "dataset.root dataset.download dataset.cache dataset.workers dataset.memory quant.kernel".split()
-)
+REMARKS = (".why", ".optional")  # of the rules of a quantizer
+# Keys that cannot change a number of the result. `recompute` changes none either, but what a run costs: it is shown.
+_KEYS = {
+    ".".join(filter(None, [path.removesuffix(".arguments"), key])) for path, keys in IRRELEVANT.items() for key in keys
+}
+NO_SETTINGS = frozenset({"plugins", *_KEYS} - {"trainer.recompute"})
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -30,6 +33,14 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def settings_of(config: Mapping[str, object], summary: Mapping[str, object]) -> dict[str, str]:
+    """The settings that can change a number of the result, each as its YAML says it; without a config, what the summary knows."""
+    flat = flatten(config) or {f"{group}.name": summary[group] for group in CHOSEN if group in summary}
+    if flat.get("dataset.name") == "folder":  # its place is all that tells it from another
+        flat["dataset.name"] = f"folder {flat.get('dataset.root')}"
+    return {key: shown(value) for key, value in flat.items() if key not in NO_SETTINGS and not key.endswith(REMARKS)}
 
 
 def usual_settings(config: Mapping[str, object]) -> Mapping[str, object]:

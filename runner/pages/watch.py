@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.files import is_abandoned
-from runner.pages.entries import Costs, Entry, base_of, brief_of, encoded, entry_of, identity, points_for, settings_of
-from runner.pages.records import RUN_FILES, Memory, find_runs, read_brief, read_run
+from runner.pages.entries import Costs, Entry, base_of, brief_of, encoded, entry_of, identity, points_for
+from runner.pages.records import RUN_FILES, Memory, find_runs, read_brief, read_config, read_run
+from runner.pages.settings import settings_of
 
 LEISURE = 20  # a search of all folders pauses for that many times as long as it took
 SAMPLE = 20  # runs whose settings say what is usual
@@ -54,7 +55,7 @@ class Watch:
         elif not self._pending:
             self._pending = [run for run in self.runs.values() if run.state not in SETTLED]
         if not self.base:
-            self.base = base_of(settings_of(read_run(run.folder, health=False)) for run in self._pending[-SAMPLE:])
+            self.base = base_of(settings_of(read_config(run.folder), {}) for run in self._pending[-SAMPLE:])
         while self._new:
             self._glance(self._new.pop())
         while self._pending:  # one at least: a machine too busy for anything else gets there, too
