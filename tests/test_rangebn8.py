@@ -65,7 +65,8 @@ def test_expected_range_of_normal_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "reference", "paper"), [(16, 0.810, 1.50), (512, 0.931, 1.72), (8192, 0.968, 1.79), (131072, 0.989, 1.83)]
+    ("n", "reference", "paper"),
+    [(16, 0.810, 1.50), (512, 0.931, 1.72), (8192, 0.968, 1.79), (131072, 0.989, 1.83), (1 << 20, 1.000, 1.85)],
 )
 def test_sigma_hat_in_units_of_sigma(n: int, reference: float, paper: float) -> None:
     assert pytest.approx(0.54021, abs=5e-6) == REFERENCE
