@@ -40,7 +40,7 @@ OWN = {"runner", "models", "quant"}
 SWEEP = {"-m", "--multirun"}
 MEANINGS = {
     Exit.OUT_OF_MEMORY: "out of memory; try a smaller batch_size= or trainer.accumulate=2, and run the same command again",
-    Exit.INTERNAL: "an error of the program itself (above); the run folder keeps its last checkpoint",
+    Exit.INTERNAL: "an error of the program itself (above); a run folder keeps its last checkpoint",
 }
 HYDRA = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--package", "-p", "--resolve"}
 
@@ -71,8 +71,15 @@ def run(words: list[str]) -> int:
         code = exit_code(error)
         trace = traceback.format_exc() if code == Exit.INTERNAL else ""
         with suppress(OSError):  # the log may lie on the disk that is full
-            print(f"{trace}runner: {MEANINGS.get(code, error)}", file=sys.stderr)
+            print(f"{trace}runner: {_in_words(error, code)}", file=sys.stderr)
         return int(code)
+
+
+def _in_words(error: Exception, code: Exit) -> str:
+    said = str(error)
+    if code not in MEANINGS:
+        return said
+    return f"{MEANINGS[code]} ({said.splitlines()[0]})" if said and code == Exit.OUT_OF_MEMORY else MEANINGS[code]
 
 
 def _without_package(error: Exception) -> Exception:

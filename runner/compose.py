@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -216,15 +216,17 @@ def _first_line(error: Exception) -> str:
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides, and the folders of `--config-dir DIR`."""
+    """Overrides, and the folders of `--config-dir DIR`. Raises ConfigError where no folder is said."""
     overrides: list[str] = []
     config_dirs: list[str] = []
     pending = iter(words)
     for word in pending:
-        if word in {"--config-dir", "-cd"}:
-            config_dirs.append(next(pending, "."))
-        elif word.startswith("--config-dir="):
-            config_dirs.append(word.partition("=")[2])
+        key, _, value = word.partition("=")
+        if key in {"--config-dir", "-cd"}:
+            folder = value or next(pending, "")
+            if not folder:
+                raise ConfigError([Fault("--config-dir", "say a folder: --config-dir DIR")])
+            config_dirs.append(folder)
         else:
             overrides.append(word)
     return overrides, config_dirs
@@ -235,7 +237,7 @@ def keys_of(words: Sequence[str]) -> list[str]:
     return [override.key_or_group for override in OverridesParser.create().parse_overrides(list(words))]
 
 
-def expand(words: Sequence[str]) -> list[list[str]]:
+def expand(words: Sequence[str], config_dirs: Sequence[str] = ()) -> list[list[str]]:
     """The jobs of a sweep, each as a command line; Hydra's own settings are for the sweep, not for its jobs.
 
     Raises ConfigError for what cannot be read.
@@ -245,10 +247,23 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     if result.faults:
         raise ConfigError(result.faults)
     overrides = [o for o in overrides if not re.match(r"hydra\b", o.key_or_group)]
+    choices = choices_of(config_dirs)
     axes = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        [f"{o.get_key_element()}={value}" for value in _values_of(o, choices)]
         if o.is_sweep_override()
         else [o.input_line]
         for o in overrides
     ]
     return [[str(word) for word in job] for job in product(*axes)]
+
+
+def _values_of(override: Override, choices: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    """The values that a sweep goes through; `quant=glob(*)` is all there are."""
+    value = override.value()
+    if not isinstance(value, Glob):
+        return override.sweep_string_iterator()
+    names = value.filter(list(choices.get(override.key_or_group, ())))
+    if not names:
+        group = override.key_or_group
+        raise ConfigError([Fault(group, f"{override.input_line!r} fits no file of conf/{group}")])
+    return names

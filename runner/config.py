@@ -141,6 +141,9 @@ def _explain(error: Any, model: type[BaseModel], path: str, also: Sequence[str])
     if error["type"] == "missing":
         return Fault(full, "is missing")
     value = shortened(error["input"])
+    meant = MEANT.get(error.get("ctx", {}).get("class_name", error["type"]))
+    if meant is not None:
+        return Fault(full, f"value should be {meant}, not {value}")
     if error["type"] == "literal_error":
         accepted = error["ctx"]["expected"]
         words = [word.strip("' ") for word in accepted.replace(" or ", ", ").split(",")]
@@ -192,11 +195,25 @@ def _unknown(name: str, known: Mapping[str, Component]) -> str:
 
 
 def _unique(faults: Iterable[Fault]) -> list[Fault]:
-    """One fault a place, and none for a place where a deeper one says more: a union reports each of its branches."""
-    first: dict[str, Fault] = {}
+    """One fault a place, and none for a place where a deeper one says more, or for a key that only repeats its short form."""
+    at: dict[str, Fault] = {}
     for fault in faults:
-        first.setdefault(fault.path or fault.message, fault)
-    return [f for f in first.values() if not any(_is_within(o.path, f.path) for o in first.values() if o is not f)]
+        place = fault.path or fault.message
+        at[place] = _either(at[place], fault) if place in at else fault
+    found = list(at.values())
+    return [f for f in found if not any(_is_within(o.path, f.path) or _repeats(f, o) for o in found if o is not f)]
+
+
+def _either(first: Fault, other: Fault) -> Fault:
+    """A union reports each of its branches: where a text fits none of them, all are told."""
+    (said, _, value), (also, _, again) = (fault.message.rpartition(", not ") for fault in (first, other))
+    if not (value == again and value.startswith("'") and also.startswith("value should be ")) or also in said:
+        return first
+    return Fault(first.path, f"{said} or {also.removeprefix('value should be ')}, not {value}")
+
+
+def _repeats(fault: Fault, short: Fault) -> bool:
+    return fault.message == short.message and fault.path.endswith(f".{short.path}")
 
 
 def shorthand(config: RunConfig) -> RunConfig:
@@ -243,6 +260,10 @@ def with_peak(phases: Sequence[Phase], peak: float) -> list[Phase]:
     return [p.model_copy(update={"lr": scaled(p.lr)}) if p.lr is not None else p for p in phases]
 
 
+MEANT = {  # by the kind of pydantic's error, or the model that was missed: the schema has one pattern
+    "string_pattern_mismatch": "minutes, such as 10min",
+    "Schedule": "a schedule, such as {schedule: cosine, from: 0.1, to: 0}",
+}
 IRRELEVANT = {
     "": {"mode", "name", "outputs", "checkpoint", "epochs", "curve"},
     "regime": {"epochs"},  # trainer.epochs says it

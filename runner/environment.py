@@ -15,7 +15,9 @@ import torchvision
 from runner.catalog import ROOT, source_of
 from runner.hoard import keep_memory
 
-DECIDES = ("python", "torch", "torchvision", "device", "cpu", "capability", "threads", "world", "code", "mkldnn")
+DECIDES = (
+    "python", "torch", "torchvision", "device", "cpu", "capability", "threads", "world", "code", "mkldnn", "tf32", "teacher",
+)  # fmt: skip
 
 
 def environment(device: torch.device, world: int = 1, plugins: Iterable[str] = ()) -> dict[str, Any]:
@@ -29,6 +31,7 @@ def environment(device: torch.device, world: int = 1, plugins: Iterable[str] = (
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.enabled,
+        "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,  # torch's own default for convolutions
         "world": world,
         "code": code_digest(tuple(plugins)),
         "platform": platform.platform(),

@@ -22,6 +22,8 @@ from runner.screen import Screen
 from runner.train import evaluate
 from runner.weights import Weights, load_exactly, read_weights
 
+KEPT_HERE = ("cache", "download")  # keys of a data set that a stored config has no say in
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -122,7 +124,7 @@ def _with_data_of(model: PackedModel, raw: Mapping[str, Any], said: Sequence[str
     stored = model.about.get("dataset")
     if isinstance(stored, dict) and "dataset" not in said and isinstance(raw["dataset"], dict):
         here = {key: raw["dataset"][key] for key in DatasetConfig.model_fields.keys() & raw["dataset"].keys()}
-        given = {key: value for key, value in stored.items() if key not in ("cache", "download")}
+        given = {key: value for key, value in stored.items() if key not in KEPT_HERE}
         merged["dataset"] = copy.deepcopy(here | given)
         _overlay(raw, merged, [key for key in said if key.startswith("dataset.")])
     if isinstance(merged["dataset"], dict):
@@ -158,13 +160,19 @@ def _sizes(config: RunConfig, model: nn.Module, image_size: int) -> dict[str, in
 
 
 def _with_stored(raw: Mapping[str, Any], weights: Weights, said: Sequence[str]) -> dict[str, Any]:
-    """The stored config, with what was said on the command line on top; the command line alone for a foreign file."""
+    """The stored config, with what was said on the command line on top; the command line alone for a foreign file.
+
+    A file may come from anybody: whether data may be downloaded and where copies are kept stays as it is here.
+    """
     if not weights.config:
         return dict(raw)
     merged: dict[str, Any] = copy.deepcopy(weights.config)
     if merged.get("plugins") and "plugins" not in said:
         message = f"the stored model needs {merged['plugins']}; a plugin is code, so say plugins= to have it run"
         raise ConfigError([Fault("plugins", message)])
+    merged["trainer"] = {**raw["trainer"], **merged["trainer"]}  # keys that came later have no say in what is stored
+    here = {"cache": None, "download": False} | (raw["dataset"] if isinstance(raw["dataset"], dict) else {})
+    merged["dataset"] |= {key: here[key] for key in KEPT_HERE if key in merged["dataset"]}
     _overlay(raw, merged, [*said, "mode", "checkpoint", "trainer.progress"])
     return merged
 

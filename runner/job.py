@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from quant.saved import saved_bytes_per_sample
+from runner.accelerate import accelerate
 from runner.columns import LAYERS
 from runner.config import config_hash, flat
 from runner.cost import Cost, cost_of
@@ -101,14 +102,14 @@ def train(config: RunConfig, folder: RunFolder | None = None, stop: StopRequest 
 
 
 def _draw(path: Path, config: RunConfig, screen: Screen) -> None:
-    """The dashboard, and where it lies. A run is over without it: what the disk does not take is said, and no more."""
+    """The dashboard, and where it lies. A run is over without it: what goes wrong here is said, and no more."""
     if config.trainer.dashboard != "none":
         from runner.pages.dashboard import write_dashboard
 
         try:
             write_dashboard(path)
-        except StorageError as error:
-            screen.say(f"no dashboard: {error}")
+        except Exception as error:  # whatever it is, what was trained is not to be called failed for it
+            screen.say(f"no dashboard: {type(error).__name__}: {error}")
     screen.point_to(path)
 
 
@@ -182,13 +183,13 @@ def _late_phases(run: Run) -> str:
 
 
 def _saved_bytes(run: Run, images: Tensor) -> int:
-    """Bytes for backward that one more image in the batch costs: what is kept once a batch (weights) drops out."""
+    """Bytes for backward that one more image in the batch costs, not compiled: what is kept once a batch (weights) drops out."""
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
     half = len(images) // 2
-    run.model.train()
+    forward = accelerate(run.model.train(), run.config.trainer.model_copy(update={"compile": False}), run.device)
     if half == 0:
-        return round(saved_bytes_per_sample(run.model, images, labels))
-    whole, part = (saved_bytes_per_sample(run.model, images[:n], labels[:n]) * n for n in (len(images), half))
+        return round(saved_bytes_per_sample(run.model, images, labels, forward))
+    whole, part = (saved_bytes_per_sample(run.model, images[:n], labels[:n], forward) * n for n in (len(images), half))
     return round((whole - part) / (len(images) - half))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from quant.base import QuantizedLayer
 from runner.regime import Setting
@@ -50,3 +51,11 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
         ("no_decay", [p for p in parameters if id(p) in kept]),
     ]
     return [{"params": members, "name": name} for name, members in groups if members]
+
+
+def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """An exponential average of the weights, to be updated after each step; None without a decay."""
+    if not decay:
+        return None
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

@@ -39,15 +39,19 @@ def setting_at(phases: Sequence[Phase], clock: Clock, *, epochs: int, steps: int
     end = steps if by_step else epochs
     starts = [float(phase.step if by_step else phase.epoch or 0) for phase in phases]  # type: ignore[arg-type]
     current = max(index for index, start in enumerate(starts) if start <= time)
-    setting: Setting = {"phase": current}
+    optimizer, said_in = None, dict[str, int]()  # each key, and the phase that said it last
     for index in range(current + 1):
         changes = _values(phases[index])
-        if changes.get("optimizer", setting.get("optimizer")) != setting.get("optimizer"):
-            kept = COMMON | {"phase"} | {key for key in setting if not _belongs_to_an_optimizer(key)}
-            setting = {key: value for key, value in setting.items() if key in kept}
-        for key, value in changes.items():
-            later = [starts[i] for i in range(index + 1, len(phases)) if key in _values(phases[i])]
-            setting[key] = value_at(value, starts[index], min([*later, end]), time)
+        if changes.get("optimizer", optimizer) != optimizer:
+            optimizer = changes["optimizer"]
+            said_in = {k: i for k, i in said_in.items() if k in COMMON or not _belongs_to_an_optimizer(k)}
+        said_in |= dict.fromkeys(changes, index)
+    setting: Setting = {"phase": current}
+    for key, index in said_in.items():
+        value = _values(phases[index])[key]
+        after = (starts[i] for i in range(index + 1, len(phases)) if key in _values(phases[i]))
+        until = min(next(after, end), end) if isinstance(value, Schedule) else end
+        setting[key] = value_at(value, starts[index], until, time)
     return setting
 
 
@@ -100,10 +104,10 @@ def too_late(starts: Sequence[int], length: int, unit: str) -> str:
     return f"note: the run ends at {unit} {length}; {what}. regime=cosine fits any length" if late else ""
 
 
-def steps_per_epoch(samples: int, batch_size: int, drop_last: bool) -> int:
-    """Batches of one epoch; a last batch of a single sample is left out, since batch norm has no variance for it."""
+def steps_per_epoch(samples: int, batch_size: int, drop_last: bool, world: int = 1) -> int:
+    """Batches of one epoch; a last one that leaves a process fewer than two samples is left out: they have no variance."""
     full, rest = divmod(samples, batch_size)
-    return full + int(rest > 1 and not drop_last) if full else int(samples > 0)
+    return full + int(rest // world >= 2 and not drop_last)
 
 
 def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from quant.regularizer import Penalty
 from quant.surgery import LayerRow, calibrate_
@@ -23,7 +22,7 @@ from runner.folder import RunFolder
 from runner.health import codes_of
 from runner.hoard import Hoard
 from runner.objective import Alphas, Objective, mix
-from runner.optim import optimizer_for
+from runner.optim import average_of, optimizer_for
 from runner.preflight import refuse_unfit_images
 from runner.ranks.distributed import Share, World, seed_rank
 from runner.regime import Clock, Setting, data_setting_at, setting_at
@@ -31,6 +30,7 @@ from runner.schema import DataPhase, RunConfig
 from runner.screen import Screen
 from runner.signals import StopRequest
 from runner.teacher import teacher_of
+from runner.weights import fingerprint
 
 SHARE_OF_TIME = 0.01  # what saving may cost where no interval is given; the next one may take twice as long as the last
 SHORTEST_PAUSE = 1.0  # seconds between two checkpoints, at least, where no interval is given
@@ -81,6 +81,8 @@ class Run:
             "image_size": self.data.image_size,
         }
         teacher = teacher_of(config, **shape)
+        if teacher is not None:
+            self.environment["teacher"] = fingerprint(teacher.state_dict())
         self.objective = Objective(config.trainer, teacher.to(device) if teacher else None)
         built = build(config, **shape)
         self.model: nn.Module = built.model.to(device)
@@ -91,7 +93,7 @@ class Run:
         refuse_thin_shares(config, self.data_phases, self.world)
         refuse_unfit_images(self.model, self.data_phases, self.data.in_channels, self.data.image_size)
         self.forward = accelerate(self.world.wrap(self.model, device, config.trainer.sync_norm), config.trainer, device)
-        self.ema = _average(self.model, config.trainer.ema) if config.trainer.ema else None
+        self.ema = average_of(self.model, config.trainer.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None
         self.hoard = Hoard()
@@ -321,8 +323,3 @@ def refuse_thin_shares(config: RunConfig, phases: Sequence[DataPhase], world: Wo
     if world.size > 1 and smallest < 2 * world.size:
         message = f"{smallest} images for {world.size} ranks; it is of all ranks together, and each needs two"
         raise ConfigError([Fault("batch_size", message)])
-
-
-def _average(model: nn.Module, decay: float) -> AveragedModel:
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

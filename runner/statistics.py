@@ -1,6 +1,7 @@
 """Figures over seeds: mean ± standard deviation, and differences of two configurations paired by seed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
 FEWEST = 3  # an interval from two differences says nothing
@@ -46,16 +47,33 @@ def prediction(
     return fmean(values) - half, fmean(values) + half
 
 
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    """Mean of ours - theirs over the seeds that both have, with its 95 % interval from three seeds on.
+@dataclass(frozen=True)
+class Difference:
+    """A mean over n pairs, and half of its 95 % interval where there are enough of them."""
 
-    >>> paired_difference({0: 97.0, 1: 98.0, 2: 97.5}, {0: 95.0, 1: 96.5, 2: 96.0})
-    '+1.67 [+0.95, +2.38] (n = 3)'
+    mean: float
+    n: int
+    half: float | None
+
+    def __str__(self) -> str:
+        if self.half is None:
+            return f"{self.mean:+.2f}"
+        return f"{self.mean:+.2f} [{self.mean - self.half:+.2f}, {self.mean + self.half:+.2f}]"
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.half is not None and abs(self.mean) > self.half
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """Ours - theirs over the seeds that both have, with an interval from three seeds on; None without a seed in common.
+
+    >>> str(paired_difference({0: 97.0, 1: 98.0, 2: 97.5}, {0: 95.0, 1: 96.5, 2: 96.0}))
+    '+1.67 [+0.95, +2.38]'
     """
     gaps = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if not gaps:
-        return "no seed in common"
-    if len(gaps) < FEWEST:
-        return f"{fmean(gaps):+.2f} (n = {len(gaps)})"
-    low, high = interval(gaps)
-    return f"{fmean(gaps):+.2f} [{low:+.2f}, {high:+.2f}] (n = {len(gaps)})"
+        return None
+    low, high = interval(gaps) if len(gaps) >= FEWEST else (None, None)
+    return Difference(fmean(gaps), len(gaps), None if low is None or high is None else (high - low) / 2)

@@ -44,7 +44,7 @@ def weights_bytes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> b
     """The content of that file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(dict(config) | ANYWHERE)
-    facts = json.dumps({"config": said, "sha256": _digest(plain, said)})
+    facts = json.dumps({"config": said, "sha256": fingerprint(plain, said)})
     return save(plain, metadata={FORMAT: facts})  # one key, because safetensors keeps no order of several
 
 
@@ -113,7 +113,7 @@ def _from_safetensors(path: Path) -> Weights:
         return Weights(tensors, source=path)
     try:
         facts = json.loads(header[FORMAT])
-        whole = facts["sha256"] == _digest(tensors, facts["config"])
+        whole = facts["sha256"] == fingerprint(tensors, facts["config"])
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -130,8 +130,8 @@ def _foreign(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor], config: str) -> str:
-    """SHA-256 over the config, and names, types, shapes and raw bytes in the order of names."""
+def fingerprint(tensors: Mapping[str, Tensor], config: str = "") -> str:
+    """SHA-256 over a config, and names, types, shapes and raw bytes in the order of names."""
     digest = hashlib.sha256(config.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -45,6 +45,10 @@ def test_commas_make_combinations_and_variants_are_rows_of_their_own() -> None:
     ]  # fmt: skip
     (plain, _) = plan_of([*TINY, "quant=xnor", "trainer.amp=bf16", "base=trainer.amp=bf16"]).contenders
     assert plain.config.trainer.amp == "bf16"
+    rows = plan_of([*TINY, "trainer.amp=bf16", "variant=quant=xnor", "variant=quant=lsq trainer.amp=none"]).contenders
+    assert [(row.name, row.config.trainer.amp) for row in rows] == [
+        ("float32", "none"), ("xnor", "bf16"), ("lsq amp=none", "none")
+    ]  # fmt: skip
     assert plan_of([*TINY, "quant=xnor", "trainer.amp=bf16"]).contenders[0].config.trainer.amp == "none"
 
 

@@ -33,6 +33,15 @@ BAD_LINES = {
     "-m quant=none,xnor seed=-1,0": "seed: value should be greater than or equal to 0, not -1",
     "-m model=lenet": "Did you mean 'lenet5'?",
     "--config-dir=/nowhere": "there is no folder /nowhere",
+    "--config-dir": "say a folder: --config-dir DIR",
+    "-m mode=evaluate checkpoint=a,b": "a sweep only trains",
+    "regime seeds=3": "a sweep only trains",
+    "-m quant=glob(z*)": "fits no file of conf/quant",
+    "trainer.checkpoint_every=10m": "a valid integer or minutes, such as 10min, not '10m'",
+    "bench step trainer.mixup=0.2": "trainer.mixup: is no part of the step",
+    "dashboard --port 70000": "70000 is no port",
+    "report --pages .": ".: is no page",
+    "report --format htm": "Did you mean 'html'?",
     "plugins=[nowhere]": "plugin 'nowhere' cannot be found",
 }
 PROBE = """
@@ -125,7 +134,11 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
         (OSError(28, "No space left on device"), 74, "runner: [Errno 28] No space left on device\n"),
         (MemoryError(), 71, "out of memory; try a smaller batch_size="),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 71, "out of memory"),
-        (RuntimeError("CUDA out of memory. Tried to allocate"), 71, "out of memory"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            71,
+            "(CUDA out of memory. Tried to allocate 2 GiB)\n",
+        ),
         (RuntimeError("something else"), 70, "an error of the program itself"),
         (ZeroDivisionError("division by zero"), 70, "an error of the program itself"),
         (

@@ -177,6 +177,9 @@ def test_files_of_the_users_own_are_judged_like_words(tmp_path: Path) -> None:
 
 
 def test_a_sweep_becomes_one_line_a_job() -> None:
+    assert [job[0] for job in expand(["quant=glob([*s*,none],exclude=8bit*)"])] == ["quant=lsq", "quant=none"]
+    with pytest.raises(ConfigError, match="fits no file of conf/quant"):
+        expand(["quant=glob(z*)"])
     jobs = expand(["quant=none,xnor", "seed=range(0,2)", "epochs=1", "name='a,b'", "hydra.sweep.dir=x"])
     assert [job[:3] for job in jobs] == [
         ["quant=none", "seed=0", "epochs=1"], ["quant=none", "seed=1", "epochs=1"],

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from runner.checkpoint import Checkpoints, read_manifest
+
 METRICS = (
     "epoch step phase lr batch_size input_size train_loss train_top1 val_loss val_top1 val_top5 best_val_top1".split()
 )
@@ -112,6 +114,8 @@ def test_a_binary_network_learns_from_a_float_teacher(tmp_path: Path) -> None:
         for name in ("alone", "taught", "mixed")
     }
     assert len(set(losses.values())) == 3
+    (newest, *_) = Checkpoints(only_run(tmp_path / "taught") / "checkpoints").manifests()
+    assert len(read_manifest(newest)["environment"]["teacher"]) == 64, "another teacher would be no exact resume"
     missing = runner(f"distill={tmp_path}/nothing", *trial, folder=tmp_path / "none")
     assert missing.returncode == 66
     assert "nothing: no such file" in missing.stderr

@@ -1,5 +1,6 @@
 """A stored model is measured as its run measured it; words change what they name; foreign and damaged files are refused."""
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ import yaml
 
 from runner.cli import run
 from runner.compose import config_from
+from runner.config import flat
+from runner.evaluate import _with_stored
 from runner.job import train
+from runner.weights import Weights
 
 SMALL = ["dataset=synthetic", "dataset.size=28", "dataset.channels=1", "dataset.samples=200", "dataset.test_samples=90",
          "dataset.noise=0.6", "batch_size=32"]  # fmt: skip
@@ -117,6 +121,17 @@ def test_what_cannot_be_measured(
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+
+
+def test_a_stored_config_has_no_say_in_where_copies_are_kept_and_may_lack_what_came_later() -> None:
+    raw = flat(config_from([]))
+    stored = copy.deepcopy(raw)
+    del stored["trainer"]["sync_norm"]
+    stored["dataset"] |= {"cache": "/planted", "download": True, "val_fraction": 0.3}
+    merged = _with_stored(raw, Weights({}, stored), [])
+    assert merged["trainer"]["sync_norm"] is True
+    assert (merged["dataset"]["cache"], merged["dataset"]["download"]) == (raw["dataset"].get("cache"), False)
+    assert merged["dataset"]["val_fraction"] == 0.3
 
 
 def test_mode_evaluate_means_the_same_however_it_is_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

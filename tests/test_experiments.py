@@ -14,8 +14,9 @@ from runner.columns import EXPECTED
 from runner.compose import choices_of, config_from
 from runner.config import config_hash
 from runner.job import train
-from runner.pages.results import Row, collect, spread
+from runner.pages.results import Row, collect
 from runner.schema import RunConfig
+from runner.statistics import spread
 from runner.sweeps.jobs import jobs_of
 from runner.sweeps.sweep import _own_words
 

@@ -12,7 +12,8 @@ from runner.bench.literature import PEERS
 from runner.compose import choices_of
 from runner.pages.report_pages import with_tables
 from runner.pages.report_parts import make_report
-from runner.pages.results import Difference, collect, groups_of, spread
+from runner.pages.results import collect, groups_of
+from runner.statistics import Difference, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

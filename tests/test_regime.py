@@ -148,7 +148,7 @@ def test_sizes_by_epoch() -> None:
 
 
 STEPS = [(100, 10, False, 10), (101, 10, False, 10), (102, 10, False, 11), (102, 10, True, 10), (5, 10, False, 1),
-         (1, 10, False, 1), (0, 10, False, 0)]  # fmt: skip
+         (1, 10, False, 0), (12, 10, True, 1), (0, 10, False, 0)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("samples", "batch", "drop", "steps"), STEPS)

@@ -140,7 +140,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         report([str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match="no finished run"):
         report([str(tmp_path)])
-    with pytest.raises(ConfigError, match="not accepted: md, html, latex, csv, curve, svg"):
+    with pytest.raises(ConfigError, match="Accepted: md, html, latex, csv, curve, svg"):
         report(["--format", "doc"])
     with pytest.raises(ConfigError, match="say where the figures go"):
         report(["--format", "svg"])

@@ -57,6 +57,13 @@ def test_a_loss_that_is_no_number_stops_the_run_at_that_step(tmp_path: Path) -> 
     assert "diverged" in (folder / "dashboard.html").read_text(encoding="utf-8")
 
 
+def test_bytes_saved_for_backward_are_those_of_the_precision_that_trains(tmp_path: Path) -> None:
+    words = ["quant=none", "epochs=1", "trainer.max_steps=1"]
+    plain, half = (run(tmp_path / amp, *words, f"trainer.amp={amp}") for amp in ("none", "bf16"))
+    kept, less = (json.loads((f / "summary.json").read_text())["saved_bytes_per_sample"] for f in (plain, half))
+    assert less < 0.8 * kept
+
+
 def test_an_average_of_the_weights_is_what_gets_evaluated(tmp_path: Path) -> None:
     plain, averaged = run(tmp_path / "a", "epochs=2"), run(tmp_path / "b", "epochs=2", "trainer.ema=0.99")
     a, b = (pd.read_csv(path / "metrics.csv") for path in (plain, averaged))

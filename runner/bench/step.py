@@ -64,9 +64,11 @@ def plan_of(words: Sequence[str]) -> Plan:
     jobs = expand([*(word for word in USUAL if word.partition("=")[0] not in keys), *rest])
     lines = list(jobs) if "quant" in keys else []
     variants = own["variant"] if own["variant"] or lines else _usual_rows("model" in keys)
-    lines += [[*network(job), *shlex.split(variant)] for variant in variants for job in jobs]
+    grounds = [network(job) for job in jobs] if lines else jobs  # without a quantizer of theirs, all words are for all rows
+    lines += [[*ground, *shlex.split(variant)] for variant in variants for ground in grounds]
     base = shlex.split(" ".join(own["base"]))
     contenders = _contenders(lines, base, config_dirs)
+    refuse(_not_measured(contender.config for contender in contenders))
     _refuse_mixed([contender.config for contender in contenders])
     return Plan(contenders, int(turns))
 
@@ -125,7 +127,20 @@ def _name(words: Sequence[str]) -> str:
     """`quant=lsq trainer.compile=true` -> `lsq compile=true`."""
     ordered = sorted(words, key=lambda word: not word.startswith("quant="))
     short = " ".join(re.sub(r"^\+*(quant=|quant\.|trainer\.)", "", word) for word in ordered)
-    return re.sub(r"\bnone\b", "float32", short)
+    return re.sub(r"^none\b", "float32", short)
+
+
+def _not_measured(configs: Iterable[RunConfig]) -> Iterable[Fault]:
+    """What comes before a step or asks another network: a row that left it out unsaid would be wrong."""
+    said = {
+        key
+        for config in configs
+        for key, value in (
+            ("trainer.mixup", config.trainer.mixup), ("trainer.cutmix", config.trainer.cutmix), ("distill", config.distill),
+        )
+        if value is not None
+    }  # fmt: skip
+    return [Fault(key, "is no part of the step that is measured; accepted here: null") for key in sorted(said)]
 
 
 def _refuse_mixed(configs: Sequence[RunConfig]) -> None:

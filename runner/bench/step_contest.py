@@ -23,7 +23,7 @@ from runner.environment import environment, pick_device, prepare
 from runner.faults import ConfigError, Fault
 from runner.hoard import Hoard
 from runner.objective import Objective
-from runner.optim import optimizer_for
+from runner.optim import average_of, optimizer_for
 from runner.regime import Clock, data_setting_at, setting_at
 from runner.schema import RunConfig
 from runner.screen import Screen
@@ -128,7 +128,7 @@ class Step:
     model: nn.Module
     images: Tensor
     labels: Tensor
-    ema: AveragedModel | None = None
+    ema: AveragedModel | None = field(init=False)
     forward: Callable[[Tensor], Tensor] = field(init=False)
     objective: Objective = field(init=False)
     penalty: Penalty = field(init=False)
@@ -139,6 +139,7 @@ class Step:
         trainer = self.config.trainer
         self.forward = accelerate(self.model, trainer, self.device)
         asking("quant", calibrate_, self.model.train(), self.images)
+        self.ema = average_of(self.model, trainer.ema)
         self.objective = Objective(trainer)
         self.penalty = watch(regularizer_of(self.config), self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=trainer.amp == "fp16")

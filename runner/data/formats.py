@@ -6,6 +6,7 @@ import io
 import pickle
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
         content = path.read_bytes() if path.is_file() else gzip.decompress(Path(f"{path}.gz").read_bytes())
         zeros, kind, dimensions = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{dimensions}I", content, 4)
-    except (struct.error, EOFError, gzip.BadGzipFile, OSError) as error:
+    except (struct.error, EOFError, zlib.error, OSError) as error:
         raise BadData(f"{path}: not a readable idx file ({error}); delete it and get it again") from error
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if (zeros, kind) != (0, 8) or not shape or len(values) != int(np.prod(shape)):

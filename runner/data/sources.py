@@ -16,6 +16,7 @@ from runner.data.datasets import Files, Pixels
 from runner.data.decode import BadImageError, refuse
 from runner.data.stream import Reply, Request, Stream
 from runner.faults import BadData
+from runner.regime import steps_per_epoch
 
 log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]
@@ -88,10 +89,9 @@ class _Shards:
         return len(self.index)
 
     def steps(self, batch_size: int, world: int = 1) -> int:
-        full, rest = divmod(len(self), batch_size)
         if self.recipe.train:
-            return full + (rest // world >= 2 and not self.recipe.drop_last)
-        return full + (rest > 0)
+            return steps_per_epoch(len(self), batch_size, self.recipe.drop_last, world)
+        return -(-len(self) // batch_size)
 
     def _samples(self, draw: Draw, batch_size: int, start: int, rank: int, world: int) -> Iterator[Tensor]:
         """The samples of each batch of this process, on the device."""

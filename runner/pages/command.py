@@ -56,6 +56,8 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--until", type=int)  # ends when this process has ended and nobody looks any more
     options = parser.parse_args(list(words))
     options.folders = options.folders or [Path("outputs")]
+    if options.port is not None and not 0 <= options.port < 2**16:
+        raise ConfigError([Fault("--port", f"{options.port} is no port: give 0 to 65535")])
     if options.host in ANYWHERE:
         message = "name the one address by which browsers reach this machine; 'all of them' is not accepted"
         raise ConfigError([Fault("--host", message)])

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from runner.faults import ConfigError, Exit, Fault
+from runner.faults import ConfigError, Exit, Fault, nearest
 from runner.files import write_atomic
 from runner.pages.expected import expected_curve
 from runner.pages.report_formats import FORMATS, from_template, markdown_table
@@ -60,7 +60,10 @@ def report(words: Sequence[str]) -> int:
 
 def _refresh(pages: Sequence[Path]) -> int:
     for page in pages:
-        text = page.read_text(encoding="utf-8")
+        try:
+            text = page.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, IsADirectoryError) as error:
+            raise ConfigError([Fault(str(page), "is no page: it holds no text")]) from error
         if (made := with_tables(text)) != text:
             write_atomic(page, made.encode(), durable=False)
         print(f"{page.resolve()}: {'written' if made != text else 'says what the files say'}")
@@ -76,7 +79,10 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pages", action="store_true")
     options = parser.parse_args(list(words))
     if options.format not in ENDINGS:
-        raise ConfigError([Fault("--format", f"{options.format!r} is not accepted: {', '.join(ENDINGS)}")])
+        close = nearest(options.format, list(ENDINGS))
+        raise ConfigError(
+            [Fault("--format", f"{options.format!r} is not accepted.{close} Accepted: {', '.join(ENDINGS)}")]
+        )
     if options.format == "svg" and options.out is None:
         raise ConfigError([Fault("--out", "say where the figures go: --format svg --out DIR")])
     if options.pages and not options.paths:

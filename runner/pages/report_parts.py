@@ -10,8 +10,9 @@ from runner.pages.records import read_run
 from runner.pages.report_pictures import Picture, pictures
 from runner.pages.report_records import Table, bench_records, record_of, record_tables
 from runner.pages.report_words import discussion
-from runner.pages.results import Group, Row, by_task, collect, groups_of, spread
+from runner.pages.results import Group, Row, by_task, collect, groups_of
 from runner.pages.settings import flatten, shown
+from runner.statistics import spread
 
 NOT_RUN = "not run"
 MOST_HOLES = 40

@@ -4,12 +4,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
 from runner.pages import svg
 from runner.pages.records import read_metrics
 from runner.pages.report_records import scan_figures
-from runner.pages.results import Group, Task, by_task, deviation
+from runner.pages.results import Group, Task, by_task
 from runner.pages.svg_rows import Dot, bars, dots
 
 LONGEST = 50  # letters beside a point
@@ -105,7 +106,7 @@ def _beside_float(group: Group) -> Dot | None:
 def _point(cost: float, group: Group) -> svg.Series:
     values = [row["test_top1"] for row in group.rows]
     mean = sum(values) / len(values)
-    sd = deviation(values) if len(values) > 1 else 0.0
+    sd = stdev(values) if len(values) > 1 else 0.0
     return svg.Series(_short(group), [cost], [mean], [mean - sd], [mean + sd], lines=False)
 
 
@@ -147,7 +148,7 @@ def _curve(group: Group) -> svg.Series | None:
         return None
     columns = [[curve[epoch] for curve in curves] for epoch in range(length)]
     means = [sum(column) / len(column) for column in columns]
-    sds = [deviation(column) if len(column) > 1 else 0.0 for column in columns]
+    sds = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
     low = [mean - sd for mean, sd in zip(means, sds, strict=True)]
     high = [mean + sd for mean, sd in zip(means, sds, strict=True)]
     return svg.Series(_short(group), list(range(1, length + 1)), means, low, high)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from runner.pages.results import Group, by_task, spread
+from runner.pages.results import Group, by_task
+from runner.statistics import spread
 
 
 def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[str]:

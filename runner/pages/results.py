@@ -16,6 +16,7 @@ from typing import Any
 from runner.faults import ConfigError, Fault
 from runner.pages.records import find_runs
 from runner.pages.settings import NO_SETTINGS
+from runner.statistics import Difference, paired_difference
 
 ROW = (
     "model", "dataset", "quant", "settings", "seed", "epochs", "test_top1", "best_val_top1", "train_seconds", "images_per_s",
@@ -32,6 +33,7 @@ NUMBERS = {
     "peak_memory_bytes",
 }
 LONGEST = 100  # letters of a name
+PLACES = ("outputs=", "dataset.root=", "dataset.cache=", "name=")
 NEEDED = ("model", "dataset", "quant", "seed", "epochs", "test_top1")  # of a summary, to be a row
 Row = dict[str, Any]
 Task = tuple[str, str, int]  # network, data, epochs
@@ -103,7 +105,7 @@ def _settings(command: Sequence[str]) -> str:
 
 def _public(command: Sequence[str]) -> str:
     """The command without what only says where things lay on somebody's machine."""
-    return " ".join(word for word in command if not word.startswith(("outputs=", "dataset.root=", "name=")))
+    return " ".join(word for word in command if not word.startswith(PLACES))
 
 
 def _numbers(row: dict[str, str]) -> Row:
@@ -201,37 +203,12 @@ class Group:
         values = self.values(key)
         return sum(values) / len(values) if values else None
 
-    def difference(self) -> "Difference | None":
+    def difference(self) -> Difference | None:
         """Accuracy minus that of float, over the seeds that both have; None where there is none, and for float itself."""
-        reached = {row["seed"]: row["test_top1"] for row in self.floats}
-        gaps = [row["test_top1"] - reached[row["seed"]] for row in self.rows if row["seed"] in reached]
-        if self.plain or not gaps:
+        if self.plain:
             return None
-        mean = sum(gaps) / len(gaps)
-        if len(gaps) < 3:
-            return Difference(mean, len(gaps), None)  # an interval from two differences says nothing
-        from scipy.stats import t
-
-        return Difference(mean, len(gaps), float(t.ppf(0.975, len(gaps) - 1)) * deviation(gaps) / len(gaps) ** 0.5)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean over n pairs, and half of its 95 % interval where there is one."""
-
-    mean: float
-    n: int
-    half: float | None
-
-    def __str__(self) -> str:
-        if self.half is None:
-            return f"{self.mean:+.2f}"
-        return f"{self.mean:+.2f} [{self.mean - self.half:+.2f}, {self.mean + self.half:+.2f}]"
-
-    @property
-    def certain(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.half is not None and abs(self.mean) > self.half
+        ours, theirs = ({row["seed"]: row["test_top1"] for row in rows} for rows in (self.rows, self.floats))
+        return paired_difference(ours, theirs)
 
 
 def groups_of(rows: Iterable[Row]) -> list[Group]:
@@ -264,15 +241,3 @@ def by_task(groups: Sequence[Group]) -> Iterable[tuple[Task, list[Group]]]:
     """Groups that can be compared with each other."""
     for task, members in groupby(sorted(groups, key=lambda group: group.task), key=lambda group: group.task):
         yield task, list(members)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation (n - 1); the mean alone for a single run."""
-    mean = sum(values) / len(values)
-    return f"{mean:.2f} (one run)" if len(values) == 1 else f"{mean:.2f} ± {deviation(values):.2f}"
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample."""
-    mean = sum(values) / len(values)
-    return float((sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5)

@@ -62,7 +62,7 @@ def _is_seed(word: str) -> bool:
 
 def jobs_of(words: Sequence[str], config_dirs: Sequence[str]) -> list[Job]:
     """Every job of a sweep. Raises ConfigError with the faults of all of them."""
-    lines, known = expand(words), Folders(words, config_dirs)
+    lines, known = expand(words, config_dirs), Folders(words, config_dirs)
     varying = {index for index, column in enumerate(zip(*lines, strict=True)) if len(set(column)) > 1}
     composer, jobs, faults = Composer(config_dirs), dict[Path, Job](), list[Fault]()
     for line in lines:

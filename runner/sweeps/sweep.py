@@ -15,10 +15,10 @@ from pathlib import Path
 import hydra
 
 from runner.compose import conf_folder, split_options
-from runner.faults import ConfigError, Exit, Fault
+from runner.faults import ConfigError, Exit, Fault, refuse
 from runner.screen import Screen
 from runner.signals import interruptible
-from runner.statistics import paired_difference, spread
+from runner.statistics import Difference, paired_difference, spread
 from runner.sweeps.jobs import Job, jobs_of
 from runner.sweeps.launch import check_launcher, launch
 from runner.sweeps.table import FINAL, Standing, standing, watched
@@ -31,6 +31,11 @@ PAUSE = 5.0  # seconds before jobs that another process works at are looked at a
 def sweep(words: Sequence[str]) -> int:
     """Check every job, launch those that are not done, say how each ended. 1 where any failed."""
     words, config_dirs = split_options([word for word in words if word not in {"-m", "--multirun", "train"}])
+    refuse(
+        Fault(word, "a sweep only trains: no -m and no seeds= beside another verb")
+        for word in words
+        if word.isidentifier() or word == "mode=evaluate"
+    )
     hydra_words = [word for word in words if word.lstrip("+").startswith(("hydra/", "hydra."))]
     retry, words = _own_words([word for word in words if word not in hydra_words])
     check_launcher(hydra_words)
@@ -140,7 +145,7 @@ def _over_seeds(reached: dict[str, dict[int, float]]) -> tuple[str, list[str], l
     first = next(iter(reached))
     rows: list[list[object]] = []
     for name, values in list(reached.items())[:LISTED]:
-        gap = "" if name == first else paired_difference(values, reached[first])
+        gap = "" if name == first else _told(paired_difference(values, reached[first]))
         rows.append([name, len(values), spread(list(values.values())), gap])
     columns = ["configuration", "n", "best val, %", f"minus {first}, points [95 %]"]
     return (
@@ -148,6 +153,10 @@ def _over_seeds(reached: dict[str, dict[int, float]]) -> tuple[str, list[str], l
         columns,
         rows if len(reached) > 1 else [[*row[:3], ""] for row in rows],
     )
+
+
+def _told(gap: Difference | None) -> str:
+    return "no seed in common" if gap is None else f"{gap} (n = {gap.n})"
 
 
 def hand_to_hydra(words: Sequence[str]) -> int:
