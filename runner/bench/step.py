@@ -64,7 +64,9 @@ def plan_of(words: Sequence[str]) -> Plan:
     jobs = expand([*(word for word in USUAL if word.partition("=")[0] not in keys), *rest])
     lines = list(jobs) if "quant" in keys else []
     variants = own["variant"] if own["variant"] or lines else _usual_rows("model" in keys)
-    grounds = [network(job) for job in jobs] if lines else jobs  # without a quantizer of theirs, all words are for all rows
+    grounds = (
+        [network(job) for job in jobs] if lines else jobs
+    )  # without a quantizer of theirs, all words are for all rows
     lines += [[*ground, *shlex.split(variant)] for variant in variants for ground in grounds]
     base = shlex.split(" ".join(own["base"]))
     contenders = _contenders(lines, base, config_dirs)
