@@ -71,7 +71,7 @@ def test_a_template_of_a_lab(outputs: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_template_for_a_page_escapes_what_runs_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "runs" / "r", epochs=2, layers=LENET, drops=(), words="<img src=x onerror=hit()>")
     template = tmp_path / "ours.html"
-    template.write_text("{% for row in rows %}<p>{{ row.model }}</p>{% endfor %}")
+    template.write_text("{% for row in rows %}<p>{{ row.code }}</p>{% endfor %}")
     assert report([str(tmp_path / "runs"), "--template", str(template)]) == 0
     assert "<p>&lt;img src=x onerror=hit()&gt;</p>" in capsys.readouterr().out
 
