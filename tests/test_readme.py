@@ -22,7 +22,13 @@ PUBLISHED = ROOT / "outputs" / "published"
 PAGES = ("README.md", "quant/README.md", "quant/kernels/README.md", "runner/README.md")
 SHOWN = {
     "README.md": ("lenet5_mnist.csv", "bench_step_resnet18.csv"),
-    "quant/README.md": ("resnet20_cifar10_jpeg.csv", "resnet18_mnist.csv", "lenet5_digits.csv", "variants_lenet5_mnist.csv", "variants_lenet5_digits.csv"),
+    "quant/README.md": (
+        "resnet20_cifar10_jpeg.csv",
+        "resnet18_mnist.csv",
+        "lenet5_digits.csv",
+        "variants_lenet5_mnist.csv",
+        "variants_lenet5_digits.csv",
+    ),
     "quant/kernels/README.md": ("bench_conv.csv", "bench_peers.csv", "bench_model_resnet18.csv"),
     "runner/README.md": ("scaling.csv",),
 }
