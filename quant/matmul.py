@@ -26,6 +26,11 @@ from torch.nn import functional as F
 GradientMap = Callable[[Tensor], Tensor]
 
 
+def rows(x: Tensor) -> Tensor:
+    """A linear layer's input (*, N) as a matrix (M, N)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class Codec(Protocol):
     """What a layer keeps of its input: `decode(*encode(x))` is the tensor that the weight gradient is made from."""
 
@@ -87,7 +92,7 @@ class Linear:
         self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         dx = g @ w if need_x else None
-        dw = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1]) if need_w else None
+        dw = rows(g).mT @ rows(x) if need_w else None
         return dx, dw
 
 

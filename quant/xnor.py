@@ -215,7 +215,7 @@ class _Binary(QuantizedLayer, Matrix):
         figures = {"step_size": self._latent_weight().abs().mean().item()}
         if self.settings.binary_activations:
             if (norm := self.norm) is not None:
-                flat = x if x.dim() == 4 else x.reshape(-1, x.shape[-1])
+                flat = x if x.dim() == 4 else matmul.rows(x)
                 x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
             figures["clip_ratio"] = (x.abs() > 1).float().mean().item()
         return figures
@@ -251,7 +251,7 @@ class BinaryLinear(_Binary, Linear):
         return nn.BatchNorm1d(self.in_features, **settings)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        return x if self.norm is None else self.norm(x.reshape(-1, x.shape[-1])).view(x.shape)
+        return x if self.norm is None else self.norm(matmul.rows(x)).view(x.shape)
 
     def _input_scale(self, x: Tensor) -> Tensor:
         return x.abs().mean(-1, keepdim=True)

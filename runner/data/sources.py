@@ -4,6 +4,7 @@ A batch is a pure function of (seed, epoch, index of the batch): training can st
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -73,7 +74,7 @@ class Recipe:
         return resize(self.augment.erase_(x, samples, draw), size)
 
 
-class _Shards:
+class _Shards(ABC):
     """Which samples make up which batch.
 
     One global order is cut into global batches; each process takes its contiguous share of every one. The
@@ -93,6 +94,25 @@ class _Shards:
             return steps_per_epoch(len(self), batch_size, self.recipe.drop_last, world)
         return -(-len(self) // batch_size)
 
+    def batches(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        input_size: int | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        draw, size = Draw(seed, epoch), input_size or self.recipe.image_size
+        shares = self._samples(draw, batch_size, start, rank, world)
+        return self._read(shares, draw if self.recipe.train else None, size)
+
+    @abstractmethod
+    def _read(self, shares: Iterator[Tensor], draw: Draw | None, size: int) -> Iterator[Batch]:
+        """The images and labels of each share, at that size; augmented where there is a draw."""
+
     def _samples(self, draw: Draw, batch_size: int, start: int, rank: int, world: int) -> Iterator[Tensor]:
         """The samples of each batch of this process, on the device."""
         order = self.index[draw.order(len(self))] if self.recipe.train else self.index
@@ -111,21 +131,10 @@ class MemorySource(_Shards):
         super().__init__(index, recipe)
         self.content, self.skipped = content, skipped
 
-    def batches(
-        self,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        input_size: int | None = None,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        draw, size = Draw(seed, epoch), input_size or self.recipe.image_size
-        for samples in self._samples(draw, batch_size, start, rank, world):
+    def _read(self, shares: Iterator[Tensor], draw: Draw | None, size: int) -> Iterator[Batch]:
+        for samples in shares:
             pixels = self.content.pixels.index_select(0, samples)
-            x = self.recipe.finish(pixels, samples, draw if self.recipe.train else None, size, crop=True)
+            x = self.recipe.finish(pixels, samples, draw, size, crop=True)
             yield x, self.content.labels.index_select(0, samples)
 
 
@@ -142,21 +151,8 @@ class StreamSource(_Shards):
     def skipped(self) -> int:
         return len(self.bad)
 
-    def batches(
-        self,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        input_size: int | None = None,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        order, size = Draw(seed, epoch), input_size or self.recipe.image_size
-        draw = order if self.recipe.train else None
-        batches = self._samples(order, batch_size, start, rank, world)
-        for reply in self.stream.replies(Request(tuple(samples.tolist()), size, draw) for samples in batches):
+    def _read(self, shares: Iterator[Tensor], draw: Draw | None, size: int) -> Iterator[Batch]:
+        for reply in self.stream.replies(Request(tuple(samples.tolist()), size, draw) for samples in shares):
             self._note(reply)
             if not len(reply.samples):
                 continue

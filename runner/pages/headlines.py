@@ -1,7 +1,6 @@
 """The cards at the head of a run page: what the run reached and what it cost, each number with its unit."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 
@@ -60,19 +59,16 @@ def float_beside(run: Run) -> tuple[dict[str, object], str]:
     mine = run.summary
     if not mine or mine.get("quant") == "none":
         return {}, ""
-    summaries = ((folder, read_summary(folder)) for folder in find_runs(run.folder.parent)[:MOST_NEIGHBOURS])
-    floats = [
-        (folder, other)
-        for folder, other in summaries
-        if other.get("quant") == "none" and all(other.get(key) == mine.get(key) for key in SAME)
-    ]
-    own = settings_of(run.config, mine)
-    others = [(_different(own, settings_of(read_config(folder), other)), folder, other) for folder, other in floats]
-    alike = [
-        (len(keys), folder, other) for keys, folder, other in others if not any(k.startswith(GROUND) for k in keys)
-    ]
-    _, folder, other = min(alike, key=lambda one: one[0], default=(0, Path(), {}))
-    return other, folder.name
+    own, beside = settings_of(run.config, mine), []
+    for folder in find_runs(run.folder.parent)[:MOST_NEIGHBOURS]:
+        other = read_summary(folder)
+        if other.get("quant") != "none" or any(other.get(key) != mine.get(key) for key in SAME):
+            continue
+        differing = _different(own, settings_of(read_config(folder), other))
+        if not any(key.startswith(GROUND) for key in differing):
+            beside.append((len(differing), folder.name, other))
+    _, name, other = min(beside, key=lambda one: one[0], default=(0, "", {}))
+    return other, name
 
 
 def _different(a: Mapping[str, str], b: Mapping[str, str]) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from runner.faults import ConfigError, Fault
 from runner.pages.records import find_runs
-from runner.pages.settings import NO_SETTINGS
+from runner.pages.settings import CHOSEN, NO_SETTINGS
 from runner.statistics import Difference, paired_difference
 
 ROW = (
@@ -34,7 +34,7 @@ NUMBERS = {
 }
 LONGEST = 100  # letters of a name
 PLACES = ("outputs=", "dataset.root=", "dataset.cache=", "name=")
-NEEDED = ("model", "dataset", "quant", "seed", "epochs", "test_top1")  # of a summary, to be a row
+NEEDED = {*CHOSEN, "seed", "epochs", "test_top1"}  # of a summary, to be a row
 Row = dict[str, Any]
 Task = tuple[str, str, int]  # network, data, epochs
 
@@ -73,8 +73,10 @@ def _row(folder: Path) -> Row | None:
         environment = summary["environment"]
         facts = {key: environment.get(key, "") for key in ("cpu", "threads", "torch", "code")}
         command = summary["command"]
-        own = {key: summary[key] for key in ROW if key in summary} | {key: summary[key] for key in NEEDED}
-        chosen = {group: _chosen(group, command) or summary[group] for group in ("model", "dataset", "quant")}
+        if not summary.keys() >= NEEDED:
+            return None
+        own = {key: summary[key] for key in ROW if key in summary}
+        chosen = {group: _chosen(group, command) or summary[group] for group in CHOSEN}
         if chosen["dataset"] == "folder":
             chosen["dataset"] = Path(_chosen("dataset.root", command) or "data").resolve().name
         return own | chosen | facts | {"settings": _settings(command), "command": _public(command), "folder": folder}

@@ -33,6 +33,7 @@ EXTRAS = {  # launcher: (the module that brings it, the extra of pyproject.toml 
     "ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
 }
 LOOK_EVERY = 0.5  # seconds between two looks at whether the launcher's worker still has a parent
+PAUSE = 5.0  # seconds before a job that another process works at is started again
 PATIENCE = 60.0  # seconds that a job has to save after it was asked to stop
 
 

@@ -25,14 +25,13 @@ from runner.log import cell
 from runner.pages.records import complete_lines
 from runner.screen import Screen
 from runner.sweeps.gpu_slots import take_slot, visible_gpus
-from runner.sweeps.launch import ask_to_stop
+from runner.sweeps.launch import PAUSE, ask_to_stop
 from runner.sweeps.parent import VARIABLE
 from runner.sweeps.search_options import Options
 from runner.sweeps.search_space import chosen, words_of
 
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 LOOK_EVERY = 0.5  # seconds between two looks at the runs under way
-PAUSE = 5.0  # seconds before a run that another process works at is tried again
 KILLS = 3  # a run that was killed so often is given up
 
 

@@ -20,12 +20,11 @@ from runner.screen import Screen
 from runner.signals import interruptible
 from runner.statistics import Difference, paired_difference, spread
 from runner.sweeps.jobs import Job, jobs_of
-from runner.sweeps.launch import check_launcher, launch
+from runner.sweeps.launch import PAUSE, check_launcher, launch
 from runner.sweeps.table import FINAL, Standing, standing, watched
 
 RETRY = {"none", "failed"}
 LISTED = 40  # jobs; of a larger sweep the summary lists only those that are not done
-PAUSE = 5.0  # seconds before jobs that another process works at are looked at again
 
 
 def sweep(words: Sequence[str]) -> int:
