@@ -66,9 +66,7 @@ def said(code: str, *words: str) -> list[int]:
 @needs_glibc
 def test_a_step_finds_the_pages_of_the_last_one() -> None:
     (kept,), (asked_anew,) = said(KEEPS, "kept"), said(KEEPS, "as it comes")
-    assert (
-        kept < 5 < asked_anew
-    )  # 52 MB are 12,695 pages, or 26 large ones, at most steps
+    assert kept < 5 < asked_anew  # 52 MB are 12,695 pages, or 26 large ones, at most steps
 
 
 @needs_glibc
