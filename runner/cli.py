@@ -97,6 +97,10 @@ def _dispatch(words: list[str]) -> int:
         from runner.help import print_help
 
         return print_help({name: meaning for name, (_, meaning) in VERBS.items()})
+    if "--version" in words:
+        from runner.help import print_version
+
+        return print_version()
     if _is_sweep(words):
         from runner.sweeps.sweep import sweep
 

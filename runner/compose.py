@@ -19,6 +19,7 @@ from runner.faults import ConfigError, Fault, nearest, shortened
 from runner.schema import RunConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+OPTIONS = ("--help", "--version", "--multirun", "-m", "--config-dir", "--cfg")
 RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
@@ -117,6 +118,10 @@ def choices_of(config_dirs: Iterable[str] = ()) -> dict[str, list[str]]:
 
 
 def _parsed(word: str, result: Composition) -> Override | None:
+    if word.startswith("-"):
+        meant = f" Did you mean {word.lstrip('-')!r}?" if "=" in word else nearest(word, OPTIONS)
+        result.faults.append(Fault(word, f"no such option.{meant} Known: {', '.join(OPTIONS)}"))
+        return None
     try:
         override = OverridesParser.create().parse_override(word)
         problem = "" if override.key_or_group else "it has no key"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from runner.catalog import MISSING, Component, catalog
 from runner.data.locations import missing
-from runner.faults import ConfigError, Fault, nearest, shortened
+from runner.faults import ConfigError, Fault, UnknownKey, nearest, shortened
 from runner.relations import relation_faults
 from runner.schema import (
     DataPhase,
@@ -136,8 +136,7 @@ def _explain(error: Any, model: type[BaseModel], path: str, also: Sequence[str])
     where += [last] if unknown_key or not _is_union_branch(last) else []
     full = ".".join(str(part) for part in ([path] if path else []) + where)
     if unknown_key:
-        keys = [*_keys_at(model, where[:-1]), *also]
-        return Fault(full, f"unknown key.{nearest(str(last), keys)} Known: {', '.join(keys)}")
+        return UnknownKey.at(full, [*_keys_at(model, where[:-1]), *also])
     if error["type"] == "missing":
         return Fault(full, "is missing")
     value = shortened(error["input"])

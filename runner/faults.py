@@ -2,11 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class Exit(IntEnum):
@@ -36,6 +37,18 @@ class Fault:
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
+@dataclass(frozen=True)
+class UnknownKey(Fault):
+    """A key that is not there: `message` says so, with the nearest of those that are known."""
+
+    known: tuple[str, ...]
+
+    @classmethod
+    def at(cls, path: str, known: Iterable[str]) -> Self:
+        keys = tuple(known)
+        return cls(path, f"unknown key.{nearest(path.rpartition('.')[2], keys)} Known: {', '.join(keys)}", keys)
+
+
 class RunnerError(Exception):
     """An error that ends the program with one clear message and an exit code of its own."""
 
@@ -58,6 +71,20 @@ def refuse(faults: Iterable[Fault]) -> None:
     found = list(faults)
     if found:
         raise ConfigError(found)
+
+
+@contextmanager
+def also_known(words: Collection[str]) -> Iterator[None]:
+    """A verb has words of its own besides the keys of a run: errors within name them too."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            UnknownKey.at(fault.path, dict.fromkeys([*words, *fault.known]))
+            if isinstance(fault, UnknownKey) and "." not in fault.path
+            else fault
+            for fault in error.faults
+        ) from None
 
 
 class MissingInput(RunnerError):

@@ -1,6 +1,7 @@
 """`--help`: what a person needs to begin, made from conf/ itself."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -42,7 +43,20 @@ def print_help(verbs: Mapping[str, str]) -> int:
         "\n[bold]More[/bold]\n  --cfg job shows the composed config; --config-dir adds a folder of your own YAML files;"
     )
     console.print("  the keys of trainer, quant, …: " + str(conf_folder()))
+    console.print("  --version: versions, processor and code, for whoever asks what a number was made with")
     console.print('  tab completion: eval "$(runner -sc install=bash)"')
+    return 0
+
+
+def print_version() -> int:
+    """The version, and what else a number or a report of a fault depends on."""
+    import torch
+
+    from runner.environment import environment
+
+    own = {"lowbit-runner": version("lowbit-runner")}
+    for name, value in (own | environment(torch.device("cpu"))).items():
+        print(f"{name:<14}{value}")
     return 0
 
 

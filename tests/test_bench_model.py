@@ -61,5 +61,8 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_without_a_network_it_is_the_usual_one() -> None:
-    assert plan_of([]).words == ["model=resnet18", "quant=xnor", "dataset=synthetic"]
-    assert plan_of(["model=nin"]).words == ["quant=xnor", "dataset=synthetic", "model=nin"]
+    usual, nin = plan_of([]).config, plan_of(["model=nin"]).config
+    assert usual is not None
+    assert nin is not None
+    assert (usual.model.name, usual.quant.name, usual.dataset.name) == ("resnet18", "xnor", "synthetic")
+    assert (nin.model.name, nin.quant.name, nin.dataset.name) == ("nin", "xnor", "synthetic")

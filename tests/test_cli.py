@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Runner, environment
 
 from runner import cli
@@ -38,6 +40,12 @@ BAD_LINES = {
     "regime seeds=3": "a sweep only trains",
     "-m quant=glob(z*)": "fits no file of conf/quant",
     "trainer.checkpoint_every=10m": "a valid integer or minutes, such as 10min, not '10m'",
+    "bench step bacht=3": "Did you mean 'batch'? Known: n, variant, base, batch, threads, device, mode,",
+    "bench model bacth=3": "Did you mean 'batch'? Known: n, batch, threads, memory, mode,",
+    "bench conv bach=3": "Did you mean 'batch'? Known: n, batch, threads, path, quick, peers, outputs",
+    "export format=packed otu=x": "Did you mean 'out'? Known: format, out, agreement, difference, mode,",
+    "--epochs=3": "--epochs=3: no such option. Did you mean 'epochs=3'?",
+    "--versoin": "Did you mean '--version'?",
     "bench step trainer.mixup=0.2": "trainer.mixup: is no part of the step",
     "dashboard --port 70000": "70000 is no port",
     "report --pages .": ".: is no page",
@@ -84,6 +92,15 @@ def test_help_is_for_people_and_loads_nothing_heavy(tmp_path: Path) -> None:
     for word in ("usage:", "lenet5", "xnor", "digits", "epochs", *VERBS):
         assert word in str(answer["out"])
     assert "hydra:" not in str(answer["out"])
+
+
+def test_the_version_comes_with_what_a_number_depends_on(runner: Runner) -> None:
+    found = runner("--version")
+    said = dict(line.split(maxsplit=1) for line in found.stdout.splitlines())
+    assert found.returncode == 0
+    assert said["lowbit-runner"] == version("lowbit-runner")
+    assert said["torch"] == torch.__version__
+    assert len(said["code"]) == 12
 
 
 def test_real_lines_end_as_they_should(runner: Runner) -> None:

@@ -67,7 +67,7 @@ def refusal(*words: str, folders: tuple[str, ...] = ()) -> str:
         (["+=null"], ["cannot read '+=null' (it has no key)"]),
         (["~=True", "+@=a"], ["2 faults"]),
         ([""], ["cannot read ''"]),
-        (["--foo"], ["cannot read '--foo'"]),
+        (["--foo"], ["--foo: no such option.", "Known: --help"]),
         (["model"], ["cannot read 'model'"]),
         (["name=" + "[" * 2000], ["cannot read", " … "]),
         (["a." * 900 + "b=1"], ["cannot be applied"]),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from runner.faults import ConfigError, Exit, Fault, nearest
+from runner.faults import ConfigError, Exit, Fault, also_known, nearest
 
 KINDS = {
     "step": "one training step of every quantizer: time, bytes saved for backward, peak memory",
@@ -18,7 +18,9 @@ def bench(words: Sequence[str]) -> int:
     if kind not in KINDS:
         listed = "; ".join(f"{name}: {meaning}" for name, meaning in KINDS.items())
         raise ConfigError([Fault("bench", f"say which: bench step|conv|model.{nearest(kind, list(KINDS))} {listed}")])
-    plan = import_module(f"runner.bench.{kind}").plan_of(words[1:])
+    room = import_module(f"runner.bench.{kind}")
+    with also_known(room.OWN):
+        plan = room.plan_of(words[1:])
     result = import_module(f"runner.bench.{kind}_contest").measure(plan)
     import_module(f"runner.bench.{kind}_report").report(plan, result, ["python", "-m", "runner", "bench", *words])
     return int(Exit.DONE)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.faults import ConfigError, Fault, nearest
+from runner.faults import ConfigError, Fault, UnknownKey
 
 CHANNELS = tuple(2**i for i in range(11))
 FILTERS = tuple(range(1, 21))
@@ -102,39 +102,6 @@ def _quoted(path: str | None) -> list[Shape]:
     return [*rows, *([] if path else [Shape("quoted", *QUOTED, 1, "channels_last", "avx2")])]
 
 
-def plan_of(words: Sequence[str]) -> Plan:
-    """Read `key=value` words. Raises ConfigError for all that is wrong with them, or where no kernel runs."""
-    kinds: dict[str, Callable[[str], Any]] = {
-        "n": _count,
-        "batch": _count,
-        "threads": _count,
-        "path": _path,
-        "quick": _flag,
-        "peers": _flag,
-        "outputs": str,
-    }
-    values: dict[str, Any] = {}
-    faults = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in kinds:
-            faults.append(
-                Fault(key, f"bench conv has no such option.{nearest(key, list(kinds))} It has {', '.join(kinds)}")
-            )
-            continue
-        try:
-            values[key] = kinds[key](value)
-        except ValueError as error:
-            faults.append(Fault(key, str(error)))
-    if faults:
-        raise ConfigError(faults)
-    from quant import kernels  # loads torch, so after everything that can be wrong with the words
-
-    if (reason := kernels.why_not()) is not None:
-        raise ConfigError([Fault("bench conv", reason)])
-    return Plan(**({"n": 1} if values.get("quick") else {}) | values)
-
-
 def _count(value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ValueError(f"{value!r}: give a whole number from 1")
@@ -153,3 +120,36 @@ def _path(value: str) -> str:
     if value not in processors():
         raise ValueError(f"{value!r}: this machine runs {', '.join(processors())}")
     return value
+
+
+OWN: dict[str, Callable[[str], Any]] = {
+    "n": _count,
+    "batch": _count,
+    "threads": _count,
+    "path": _path,
+    "quick": _flag,
+    "peers": _flag,
+    "outputs": str,
+}
+
+
+def plan_of(words: Sequence[str]) -> Plan:
+    """Read `key=value` words. Raises ConfigError for all that is wrong with them, or where no kernel runs."""
+    values: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in OWN:
+            faults.append(UnknownKey.at(key, OWN))
+            continue
+        try:
+            values[key] = OWN[key](value)
+        except ValueError as error:
+            faults.append(Fault(key, str(error)))
+    if faults:
+        raise ConfigError(faults)
+    from quant import kernels  # loads torch, so after everything that can be wrong with the words
+
+    if (reason := kernels.why_not()) is not None:
+        raise ConfigError([Fault("bench conv", reason)])
+    return Plan(**({"n": 1} if values.get("quick") else {}) | values)

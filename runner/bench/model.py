@@ -11,8 +11,9 @@ which imitates low precision in floats, is measured besides. `n`: turns; `memory
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.compose import split_options
+from runner.compose import config_from, split_options
 from runner.faults import ConfigError, Fault, refuse_missing
+from runner.schema import RunConfig
 
 USUAL = ("model=resnet18", "quant=xnor", "dataset=synthetic")
 OWN = {"n": "9", "batch": "1,64", "threads": "1", "memory": "true"}
@@ -28,6 +29,7 @@ class Plan:
     memory: bool
     words: list[str]  # of a run: model=, quant=, checkpoint= …
     config_dirs: list[str]
+    config: RunConfig | None  # None: that of the checkpoint
 
 
 def plan_of(words: Sequence[str]) -> Plan:
@@ -50,5 +52,7 @@ def plan_of(words: Sequence[str]) -> Plan:
         refuse_missing(given)
     if given is None:
         rest = [*(word for word in USUAL if word.partition("=")[0] not in keys), *rest]
+    rest = [*rest, "trainer.device=cpu"]
+    config = config_from(rest, config_dirs) if given is None else None
     batches = tuple(int(batch) for batch in own["batch"].split(","))
-    return Plan(int(own["n"]), batches, int(own["threads"]), own["memory"] == "true", rest, config_dirs)
+    return Plan(int(own["n"]), batches, int(own["threads"]), own["memory"] == "true", rest, config_dirs, config)

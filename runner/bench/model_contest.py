@@ -92,11 +92,11 @@ def measure(plan: Plan) -> Result:
 
 def _trained(plan: Plan) -> tuple[RunConfig, nn.Module, Data]:
     """The network of a checkpoint, or that of the config with the weights it starts with."""
-    if any(word.startswith("checkpoint=") for word in plan.words):
-        raw = compose_words([*plan.words, "mode=evaluate", "trainer.device=cpu"], plan.config_dirs).raw
-        stored = load_stored(raw, [*keys_of(plan.words), "trainer.device"])
+    config = plan.config
+    if config is None:
+        raw = compose_words([*plan.words, "mode=evaluate"], plan.config_dirs).raw
+        stored = load_stored(raw, keys_of(plan.words))
         return stored.config, stored.model, stored.data
-    config = config_from([*plan.words, "trainer.device=cpu"], plan.config_dirs)
     data = load(config.dataset, device=torch.device("cpu"))
     built = build(config, in_channels=data.in_channels, num_classes=len(data.classes), image_size=data.image_size)
     images = torch.randn(16, data.in_channels, data.image_size, data.image_size)

@@ -22,7 +22,7 @@ from runner.schema import RunConfig
 
 TURNS = 9
 SHORT = {"batch": "batch_size", "threads": "trainer.threads", "device": "trainer.device"}
-OWN = ("n", "variant", "base")
+OWN = ("n", "variant", "base", *SHORT)
 USUAL = ("model=resnet18", "dataset=synthetic", "batch_size=64", "trainer.threads=1")
 METHOD = re.compile(r"\+*(quant|regularizer|trainer)[.=](?!device=|threads=)")  # how a network is trained, not which
 BESIDE = (  # measured unasked, besides every quantizer as it ships
@@ -83,7 +83,7 @@ def network(words: Iterable[str]) -> list[str]:
 def _sorted_out(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:
     """Words of this verb, words of a run with short forms written out, folders of configs."""
     overrides, config_dirs = split_options(words)
-    own: dict[str, list[str]] = {key: [] for key in OWN}
+    own: dict[str, list[str]] = {key: [] for key in OWN if key not in SHORT}
     rest: list[str] = []
     for word in overrides:
         key, equals, value = word.partition("=")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.faults import BadData, ConfigError, Exit, Fault, nearest, refuse_missing
+from runner.faults import BadData, ConfigError, Exit, Fault, also_known, nearest, refuse_missing
 
 if TYPE_CHECKING:
     from runner.evaluate import Stored
@@ -33,7 +33,8 @@ def export(words: Sequence[str]) -> int:
     composition = compose_words([*overrides, "trainer.device=cpu"], config_dirs)
     given = composition.raw.get("checkpoint")
     if composition.faults or not isinstance(given, str) or not given:
-        checked(composition)
+        with also_known(OWN):
+            checked(composition)
     refuse_missing(str(given))
     source = Path(str(given))
     target = Path(own["out"]) if own.get("out") else (source if source.is_dir() else source.parent) / FORMATS[wanted]
