@@ -14,7 +14,7 @@ from runner.schema import RunConfig
 from runner.screen import Screen
 from runner.signals import StopRequest
 
-COLUMNS = ["epoch", "step", "phase", "optimizer", "lr", "momentum", "weight_decay", "batch_size", "input_size"]
+COLUMNS = ("epoch", "step", "phase", "optimizer", "lr", "momentum", "weight_decay", "batch_size", "input_size")  # first
 
 
 def train(words: Sequence[str]) -> int:
@@ -64,11 +64,13 @@ def _evaluate(overrides: Sequence[str], composition: Composition) -> int:
 def regime(words: Sequence[str]) -> int:
     """Print the timeline of a config and draw it, before any training."""
     config = config_from(*split_options(words))
-    rows = [{key: row.get(key, "") for key in COLUMNS} for row in timeline(config, _samples(config))]
+    settings = list(timeline(config, _samples(config)))
+    keys = dict.fromkeys([*COLUMNS, *(key for row in settings for key in row)])
+    said = [key for key in keys if any(row.get(key) is not None for row in settings)]
+    rows = [{key: "" if row.get(key) is None else row[key] for key in said} for row in settings]
     screen, changes = Screen("plain"), _changes(rows)
-    screen.table(
-        f"{config.regime.epochs} epochs as conf says, {len(rows)} here", COLUMNS, [list(r.values()) for r in changes]
-    )
+    title = f"{config.regime.epochs} epochs as conf says, {len(rows)} here"
+    screen.table(title, said, [list(row.values()) for row in changes])
     from runner.pages.dashboard import write_timeline
 
     path = Path(config.outputs) / "regime.html"
@@ -92,8 +94,12 @@ def _samples(config: RunConfig) -> int:
 
 
 def _changes(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """At most some thirty rows: the first of every phase, and evenly spaced ones between them."""
+    """At most some thirty rows: the first of every phase and evenly spaced ones between them, where anything has changed."""
     every = max(1, len(rows) // 20)
     firsts = {i for i in range(len(rows)) if i == 0 or rows[i]["phase"] != rows[i - 1]["phase"]}
-    shown = sorted(firsts | set(range(0, len(rows), every)) | {len(rows) - 1})
-    return [{k: round(v, 8) if isinstance(v, float) else v for k, v in rows[i].items()} for i in shown]
+    changes: list[dict[str, object]] = []
+    for i in sorted(firsts | set(range(0, len(rows), every)) | {len(rows) - 1}):
+        row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in rows[i].items()}
+        if not changes or row | {"epoch": 0, "step": 0} != changes[-1] | {"epoch": 0, "step": 0}:
+            changes.append(row)
+    return changes

@@ -120,6 +120,22 @@ def test_the_regime_of_a_config_is_drawn_before_any_training(tmp_path: Path) -> 
     assert (tmp_path / "out" / "regime.html").is_file()
 
 
+def test_a_regime_says_what_it_drives_and_each_setting_once(tmp_path: Path) -> None:
+    sharper = "+regime.phases.0.quant.sharpness={schedule:exponential,from:0.1,to:10}"
+    lines = [
+        ["regime", "quant.ste=ede", sharper, "epochs=4", f"outputs={tmp_path}"],
+        ["regime", "model=resnet18", "regime=cifar", f"outputs={tmp_path}"],
+    ]
+    driven, stepwise = (str(answer["out"]).splitlines()[1:-1] for answer in probed(lines, tmp_path))
+    assert [line.split()[-1] for line in driven] == ["quant.sharpness", "0.1", "0.3162", "1.0", "3.162"]
+    assert [line.split()[:3] for line in stepwise[1:]] == [
+        ["0", "0", "0"],
+        ["81", "2,916", "1"],
+        ["122", "4,392", "2"],
+        ["164", "5,904", "3"],
+    ]
+
+
 def test_a_run_that_cannot_be_written_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "elsewhere").mkdir()

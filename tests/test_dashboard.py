@@ -238,11 +238,12 @@ def test_a_link_in_place_of_the_page_is_refused(tmp_path: Path) -> None:
 def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"epoch": epoch, "step": epoch * 100, "phase": int(epoch > 3), "optimizer": HOSTILE, "lr": 0.1 * 0.5**epoch,
-         "momentum": "", "weight_decay": 1e-4, "batch_size": 64 << (epoch > 5), "input_size": 32}
+         "momentum": "", "weight_decay": 1e-4, "batch_size": 64 << (epoch > 5), "input_size": 32, "quant.tau": epoch / 10}
         for epoch in range(10)
     ]  # fmt: skip
     page = Page(write_timeline(rows, tmp_path / "timeline.html", HOSTILE))
-    assert [div["id"] for div in page.all("div") if div.get("class") == "plot"] == ["plot-lr", "plot-batch_size"]
+    drawn = [div["id"] for div in page.all("div") if div.get("class") == "plot"]
+    assert drawn == ["plot-lr", "plot-batch_size", "plot-quant_tau"]
     assert "The same throughout: weight decay 0.0001 , input size 32 px ." in page.text, (
         "what never changes needs no chart"
     )

@@ -84,7 +84,9 @@ def curve_section(run: Run) -> tuple[str, Sheet]:
 
 def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
     """The curves of a regime as HTML, and the sheet that describes their figures; rows say what holds from there on."""
-    columns = ["epoch", "step", *(panel.series[0].column for panel in TIMELINE_PANELS)]
+    driven = [key for key in map(str, rows.columns) if key.startswith("quant.")]
+    every = (*TIMELINE_PANELS, *(_driven(key) for key in driven))
+    columns = ["epoch", "step", *(panel.series[0].column for panel in every)]
     points = rows.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     points["phase"] = rows["phase"].astype(str) if "phase" in rows else ""
     points = _with_end(points)
@@ -97,9 +99,14 @@ def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
     shown = _thinned(points)
     keep_phases(sheet, _phases_from(points, axes))
     sheet.keep("points", shown.assign(x=shown[f"x_{names[0]}"]))
-    panels, constant = _worth_drawing(TIMELINE_PANELS, points)
+    panels, constant = _worth_drawing(every, points)
     charts = [add_curves(sheet, panel, _in_words(panel, points)) for panel in panels]
     return f'{_controls(axes)}<div class="even">{"".join(charts)}</div>{constant}', sheet
+
+
+def _driven(key: str) -> Panel:
+    """The chart of a setting of the quantizer that the regime drives, such as `quant.sharpness`."""
+    return Panel(key.replace(".", "_"), key, (Series(key, key),), "", "minor", "after", True)
 
 
 def _worth_drawing(panels: Sequence[Panel], points: pd.DataFrame) -> tuple[list[Panel], str]:
