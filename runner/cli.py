@@ -23,7 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "regime": ("runner.verbs:regime", "print and draw what the regime will do, before any training"),
     "report": (
         "runner.pages.report:report",
-        "the results of finished runs: report FOLDER … [--format md|html|latex|svg|csv]",
+        "the results of finished runs: report FOLDER … [--format md|html|latex|svg|csv|curve]",
     ),
     "bench": ("runner.bench:bench", "measure this machine: bench step | conv | model"),
     "export": (

@@ -140,6 +140,8 @@ def _is_for_a_run(override: Override, result: Composition) -> bool:
     if override.is_sweep_override():
         message = f"several values need a sweep: add -m (--multirun); for one value with a comma write {quoted}"
         result.faults.append(Fault(key, message))
+    elif key == "sweep":
+        result.faults.append(Fault(key, f"says what to search: python -m runner search sweep={override.value()}"))
     elif re.match(r"hydra\b", key):
         result.faults.append(
             Fault(key, "Hydra's own settings mean something in a sweep (-m) only; runs go to outputs=DIR")

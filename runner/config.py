@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from runner.catalog import MISSING, Component, catalog
 from runner.data.locations import missing
-from runner.faults import ConfigError, Fault, UnknownKey, nearest, shortened
+from runner.faults import Absent, ConfigError, Fault, UnknownKey, nearest, shortened
 from runner.relations import relation_faults
 from runner.schema import (
     DataPhase,
@@ -100,7 +100,7 @@ def _data_faults(dataset: Mapping[str, Any]) -> Iterable[Fault]:
     except OSError as error:
         problem = f"cannot be read: {error}"
     if problem:
-        yield Fault("dataset.root", problem)
+        yield Absent("dataset.root", problem)
 
 
 def _signature(component: Component) -> type[BaseModel]:

@@ -38,6 +38,11 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Absent(Fault):
+    """Nothing is wrong with the config, but something that it names is not there."""
+
+
+@dataclass(frozen=True)
 class UnknownKey(Fault):
     """A key that is not there: `message` says so, with the nearest of those that are known."""
 
@@ -62,6 +67,8 @@ class ConfigError(RunnerError):
 
     def __init__(self, faults: Iterable[Fault | str]) -> None:
         self.faults = [fault if isinstance(fault, Fault) else Fault("", fault) for fault in faults]
+        if self.faults and all(isinstance(fault, Absent) for fault in self.faults):
+            self.code = Exit.NO_INPUT
         count = f"{len(self.faults)} faults" if len(self.faults) > 1 else "a fault"
         super().__init__("\n".join([f"the config has {count}:", *(f"  {fault}" for fault in self.faults)]))
 

@@ -33,7 +33,7 @@ def print_help(verbs: Mapping[str, str]) -> int:
         console.print(Text(f"  {name:<11}{meaning}"))
     console.print("\n[bold]Choices[/bold] (group=name; every file says what its keys mean)")
     for group, names in choices_of().items():
-        console.print(Text(f"  {group:<12}{', '.join(names)}"))
+        console.print(Text(f"  {group:<12}{', '.join(names)}{' (of search)' if group == 'sweep' else ''}"))
     console.print("\n[bold]Keys of a run[/bold]")
     console.print(Text(_run_keys(conf_folder() / "config.yaml")))
     console.print("\n[bold]Examples[/bold]")

@@ -21,7 +21,7 @@ BAD_LINES = {
     "trainer.epochs=0": "trainer.epochs: ",
     "regime.phases.0.lr=-1": "regime.phases.0.lr: ",
     "+evil=1": "evil: unknown key",
-    "dataset=mnist dataset.root=/nowhere": "/nowhere/MNIST/raw",
+    "dataset=mnist dataset.root=/nowhere model=lenet": "Did you mean 'lenet5'?",
     "batch_size=2000": "more than the 1,150 training images",
     "regime.phases=[{epoch:0,optimizer:SGD,lr:1},{epoch:0,lr:2}]": "put them in order",
     "model._target_=os.system": "names code and is refused",
@@ -33,6 +33,7 @@ BAD_LINES = {
     "regime regime=model": "choose a regime to draw it",
     "evalute": "Did you mean 'evaluate'?",
     "-m quant=none,xnor seed=-1,0": "seed: value should be greater than or equal to 0, not -1",
+    "sweep=lenet5_bits": "sweep: says what to search: python -m runner search sweep=lenet5_bits",
     "-m model=lenet": "Did you mean 'lenet5'?",
     "--config-dir=/nowhere": "there is no folder /nowhere",
     "--config-dir": "say a folder: --config-dir DIR",
@@ -83,6 +84,14 @@ def test_bad_input_gets_one_message_exit_78_and_never_loads_torch(tmp_path: Path
         assert answer["out"] == ""
         assert answer["heavy"] == [], line
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_a_config_that_only_lacks_its_data_says_so_with_a_code_of_its_own(tmp_path: Path) -> None:
+    for line in ("dataset=mnist dataset.root=/nowhere", "-m dataset=mnist dataset.root=/nowhere seed=0,1"):
+        (answer,) = probed([line.split()], tmp_path)
+        assert answer["code"] == Exit.NO_INPUT, answer
+        assert "/nowhere/MNIST/raw" in str(answer["err"])
+        assert answer["heavy"] == []
 
 
 def test_help_is_for_people_and_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_a_format_whose_packages_are_missing_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.delitem(sys.modules, "runner.export.onnx", raising=False)
     assert run(["export", f"checkpoint={runs['xnor']}", "format=onnx"]) == 78
-    assert "pip install 'lowbit-runner[onnx]'" in capsys.readouterr().err
+    assert "pip install -e '.[onnx]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_the_first_screen_says_what_the_rows_say() -> None:
         f"| {stages[0]:.3f} of float32, at {stages[1]:.2f} of its time | XNOR-Net-PyTorch {peer.saved:.2f} |",
         f"| {float(conv['kernel_speedup']):.1f} times as fast as float32 "
         f"| Larq Compute Engine takes {float(larq['ours_over_it']):.0f} times as long |",
-        f"| LeNet-5 on disk | {packed[0]} | float {packed[1]} |",
+        f"| LeNet-5, packed (computed) | {packed[0]} | float {packed[1]} |",
         f"| `kill -9`, {kills['kills']:,} times at random moments | {kills['identical']:,} of {kills['runs']:,} runs end",
     ):
         assert line in README
@@ -187,6 +187,8 @@ def test_what_is_said_of_packed_inference_is_in_the_rows() -> None:
     assert f"runs {kernel:.1f} times as fast as torch's float32 ({100 * share:.0f} %" in README
     assert f"from float to float with alpha {alpha:.1f} times" in README
     kernels = (ROOT / "quant" / "kernels" / "README.md").read_text(encoding="utf-8")
+    assert f"formula gives {float(first['paper']):.2f}" in kernels
+    assert f"instead of 64 it gives {float(first['machine']):.1f};" in kernels
     over = [float(first[key]) for key in ("kernel_over_best", "alpha_over_best")]
     assert f"the first row is {over[0]:.1f} and {over[1]:.1f} instead of {kernel:.1f} and {alpha:.1f}" in kernels
     times = {row["name"]: [] for row in rows_of("bench_peers.csv")}

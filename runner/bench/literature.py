@@ -1,7 +1,8 @@
 """What a training step of other implementations costs, for comparison: measured once, elsewhere, never by `bench`.
 
-All on one thread of a Zen 4 core with torch 2.15.0: ResNet-18 for CIFAR, batch 64, forward, backward and SGD, bracketed by
-float32 eager steps; medians, good to about 0.1. Saved: bytes that autograd keeps of a forward pass, unique storages.
+All but ActNN (its paper, on a GPU) on one thread of a Zen 4 core with torch 2.15.0: ResNet-18 for CIFAR, batch 64, forward,
+backward and SGD, bracketed by float32 eager steps; medians, good to about 0.1. Saved: bytes that autograd keeps of a forward
+pass, unique storages.
 """
 
 from dataclasses import dataclass

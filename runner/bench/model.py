@@ -2,7 +2,7 @@
 
     python -m runner bench model checkpoint=outputs/runs/NAME                a trained run
     python -m runner bench model model=resnet18 quant=xnor                   the same network untrained: time needs no training
-    python -m runner bench model model=lenet5 dataset=mnist quant=xnor batch=1,64 threads=2
+    python -m runner bench model model=lenet5 dataset=digits quant=xnor batch=1,64 threads=2
 
 float32 is the plain network (quant=none) as torch runs it, eager, and the same in channels_last; the trained network itself,
 which imitates low precision in floats, is measured besides. `n`: turns; `memory=false` leaves out the shipped networks.

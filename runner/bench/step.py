@@ -1,7 +1,7 @@
 """`bench step`: one training step of every quantizer against float32 of the same network, in turns in one process.
 
     python -m runner bench step                                every quantizer as it ships, ResNet-18, batch 64, one thread
-    python -m runner bench step model=lenet5 dataset=mnist batch=32 quant=xnor,lsq
+    python -m runner bench step model=lenet5 dataset=digits batch=32 quant=xnor,lsq
     python -m runner bench step quant=lsq quant.weight_bits=2,4 trainer.compile=false,true    all four
     python -m runner bench step variant="quant=actgrad quant.bits=2 quant.norm=quantized" variant="quant=xnor"
     python -m runner bench step device=cuda base="trainer.amp=bf16 trainer.compile=true" trainer.amp=bf16 trainer.compile=true

@@ -17,7 +17,7 @@ try:
 
     from runner.export.onnx_ops import TO_ROWS, WRITERS, Writer
 except ImportError as error:
-    needed = "format=onnx needs onnx and onnxruntime: pip install 'lowbit-runner[onnx]'"
+    needed = "format=onnx needs onnx and onnxruntime: pip install -e '.[onnx]'"
     raise ConfigError([Fault("format", f"{needed} ({error})")]) from error
 
 OPSET = 21  # the first with int4

@@ -19,7 +19,7 @@ MOST_HOLES = 40
 MOST_CONFIGS = 50
 HEADINGS = (
     "network", "data", "quantizer", "epochs", "n", "test accuracy, %", "minus float, points",
-    "saved for backward, KiB an image", "peak memory, MiB", "packed, KiB", "training, s an epoch",
+    "saved for backward, KiB an image", "peak memory, MiB", "packed (computed), KiB", "training, s an epoch",
 )  # fmt: skip
 HYPER = (
     "regime.phases",

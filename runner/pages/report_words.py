@@ -45,7 +45,7 @@ def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
 
 def _about_cost(members: Sequence[Group]) -> Iterable[str]:
     base = next((group for group in members if group.quant == "none"), None)
-    wanted = (("packed_bytes", "The smallest network on disk is that of", 1024.0, "KiB"),
+    wanted = (("packed_bytes", "The smallest network, packed, is that of", 1024.0, "KiB"),
               ("saved_bytes_per_sample", "Least is saved for backward by", 1024.0, "KiB an image"))  # fmt: skip
     for key, words, unit, name in wanted:
         known = [(mean, group) for group in members if (mean := group.mean(key)) is not None]

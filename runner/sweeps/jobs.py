@@ -7,7 +7,7 @@ which folder a job has is remembered from one command to the next, as long as no
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -71,7 +71,8 @@ def jobs_of(words: Sequence[str], config_dirs: Sequence[str]) -> list[Job]:
             path = known.get(line) or known.put(line, composer.config(line))
             jobs.setdefault(path, Job(tuple(line), told_by, path))
         except ConfigError as error:
-            faults += [Fault(" ".join(told_by or line), str(fault)) for fault in error.faults]
+            job = " ".join(told_by or line)
+            faults += [replace(fault, path=job, message=str(fault)) for fault in error.faults]
     if faults:
         raise ConfigError(faults)
     known.save()

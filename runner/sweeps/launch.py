@@ -88,9 +88,7 @@ def check_launcher(hydra_words: Sequence[str]) -> None:
             raise ConfigError([Fault(key, f"{value!r} is not known.{nearest(value, list(EXTRAS))} Known: {known}")])
         module, extra = EXTRAS[value]
         if not _is_there(module):
-            raise ConfigError(
-                [Fault(key, f"{value} is not installed; pip install 'lowbit-runner[{extra}]', or -e '.[{extra}]'")]
-            )
+            raise ConfigError([Fault(key, f"{value} is not installed; pip install -e '.[{extra}]'")])
 
 
 def _is_there(module: str) -> bool:

@@ -21,7 +21,7 @@ from runner.sweeps.search_space import words_of
 def search(words: Sequence[str]) -> int:
     """Run trials until there are as many as were asked for; 1 where none came to an end."""
     if not _has_optuna():
-        raise ConfigError([Fault("search", "needs Optuna: pip install 'lowbit-runner[search]', or -e '.[search]'")])
+        raise ConfigError([Fault("search", "needs Optuna: pip install -e '.[search]'")])
     options = options_of(words)
     _check_one(options)
     from runner.sweeps.search_loop import Study, run_trials
