@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from runner.compose import choices_of
 from runner.pages.report_pages import with_tables
 from runner.pages.report_parts import make_report
 from runner.pages.results import collect, groups_of
-from runner.statistics import Difference, spread
+from runner.statistics import Difference, paired_difference, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -131,26 +132,36 @@ def test_what_is_said_of_accuracies_is_in_the_rows() -> None:
     assert [settings for settings, gap in fixed.items() if gap.certain] == [
         "classifier.skip_constant_row=false classifier=fixed"
     ]
-    xnor, lsq = (beside_float("variants_lenet5_mnist.csv", quant) for quant in ("xnor", "lsq"))
-    ends = [(gap.mean - gap.half, gap.mean + gap.half) for gap in xnor.values()]
-    assert max(low for low, _ in ends) < min(high for _, high in ends)  # all intervals have a point in common
-    levels, plain = (
-        {row["seed"]: row["test_top1"] for row in collect([PUBLISHED / name]) if "preset=plain" in row["settings"]}
-        for name in ("lsq_levels_lenet5_mnist.csv", "variants_lenet5_mnist.csv")
+    binary, lsq = (by_settings("variants_lenet5_mnist.csv", quant) for quant in ("xnor", "lsq"))
+    beside = {settings: minus(reached, binary[""]) for settings, reached in binary.items() if settings}
+    assert not [settings for settings, gap in beside.items() if gap.certain]
+    activations = [gap.mean for settings, gap in beside.items() if "quant.ste=" in settings]
+    assert f"minus `clip` at most {max(map(abs, activations)):.2f} points" in QUANT
+    bits = "quant.act_bits=2 {}quant.step_change=null quant.weight_bits=2"
+    plain, plus, v1, v3 = (
+        lsq[bits.format(preset)] for preset in ("quant.preset=plain ", "quant.preset=plus ", "quant.preset=v1 ", "")
     )
-    assert f"{levels[0]:.2f} and {levels[1]:.2f} % where `plain` reaches {plain[0]:.2f} and {plain[1]:.2f}" in QUANT
-    assert min(lsq, key=lambda settings: lsq[settings].mean).count("preset=plain")
-    rows = collect([PUBLISHED / "variants_lenet5_mnist.csv"])
-    plus, v3 = (
-        [
-            row["test_top1"]
-            for row in rows
-            if row["settings"] == f"quant.act_bits=2 {own}quant.step_change=null quant.weight_bits=2"
-        ]
-        for own in ("quant.preset=plus ", "")
-    )
-    first, second, third = (a - b for a, b in zip(plus, v3, strict=True))
-    assert f"`plus` minus `v3` is {first:+.2f}, {second:+.2f} and {third:+.2f} points over the seeds" in QUANT
+    (auto,) = by_settings("lsq_levels_lenet5_mnist.csv", "lsq").values()
+    bounded = lsq["quant.act_bits=2 quant.weight_bits=2"]
+    assert f"loses**, minus `v3` with unbounded steps {minus(plain, v3)} points" in QUANT
+    assert f"gives {minus(auto, plain)} of them back" in QUANT
+    assert f"`plus` minus `v3` is {minus(plus, v3)} points" in QUANT
+    assert f"one level fewer, minus `v3` {minus(v1, v3)}." in QUANT
+    assert f"which the rows of the presets have too): {minus(bounded, v3)} points." in QUANT
+    certain = [settings for settings, gap in beside_float("variants_lenet5_mnist.csv", "lsq").items() if gap.certain]
+    assert sorted(certain) == sorted(bits.format(f"quant.preset={preset} ") for preset in ("plain", "plus"))
+
+
+def by_settings(name: str, quant: str) -> dict[str, dict[int, float]]:
+    """What a quantizer reached, by what was set and by seed."""
+    groups = groups_of(collect([PUBLISHED / name]))
+    return {g.settings: {row["seed"]: row["test_top1"] for row in g.rows} for g in groups if g.quant == quant}
+
+
+def minus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    difference = paired_difference(ours, theirs)
+    assert difference is not None
+    return difference
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
