@@ -30,22 +30,6 @@ def test_two_runs_of_one_config_are_the_same_to_the_last_bit(tmp_path: Path) -> 
     assert (first / "weights.safetensors").read_bytes() == (second / "weights.safetensors").read_bytes()
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
-    """Without batch norm over the parts: vgg6 has none. The last digits may differ, since sums are taken in another order."""
-    words = [
-        "model=vgg6",
-        "quant=none",
-        "dataset.size=16",
-        "dataset.input_size=16",
-        "dataset.samples=16",
-        "batch_size=8",
-    ]
-    words += ["trainer.max_steps=1", "lr=0.001"]
-    whole, parts = run(tmp_path / "a", *words), run(tmp_path / "b", *words, "trainer.accumulate=2")
-    a, b = (pd.read_csv(path / "metrics.csv") for path in (whole, parts))
-    assert a.val_loss[0] == pytest.approx(b.val_loss[0], rel=1e-4)
-
-
 def test_a_loss_that_is_no_number_stops_the_run_at_that_step(tmp_path: Path) -> None:
     words = ["quant=none", "model=vgg6", "dataset.size=16", "dataset.input_size=16"]
     with pytest.raises(Diverged, match=r"at step \d+ .*Try a lower lr="):

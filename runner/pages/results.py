@@ -102,7 +102,8 @@ def _settings(command: Sequence[str]) -> str:
         "trainer.device",
     }
     words = [word for word in command if "=" in word and not word.startswith("-")]
-    return " ".join(sorted(word for word in words if word.partition("=")[0].lstrip("+") not in told))
+    own = (word for word in words if word.partition("=")[0].lstrip("+") not in told)
+    return " ".join(sorted(own, key=lambda word: word.lstrip("+")))
 
 
 def _public(command: Sequence[str]) -> str:
