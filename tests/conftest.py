@@ -23,6 +23,7 @@ settings.register_profile(
 settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of every child
 Runner = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -93,8 +94,10 @@ def own_signals() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_compiled_code_of_other_tests() -> Iterator[None]:
-    """torch compiles one function a limited number of times in a process, and the tests share theirs."""
+def nothing_of_other_tests() -> Iterator[None]:
+    """Random numbers begin anew; and torch compiles one function a limited number of times in a process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     yield
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -347,8 +348,15 @@ def test_a_dead_worker_is_noticed_although_its_signal_is_lost(tmp_path: Path, mo
     keys = {"memory": "never", "input_size": 16, "workers": 1, "mean": [0.5] * 3, "std": [0.5] * 3}
     found, others = images(tmp_path / "tree", **keys), children()
     handler = signal.getsignal(signal.SIGCHLD)
-    killer = threading.Timer(1.0, lambda: [os.kill(worker, signal.SIGKILL) for worker in children() - others])
-    killer.start()
+
+    def kill_the_first() -> None:
+        while not (workers := children() - others):
+            time.sleep(0.05)
+        time.sleep(1.0)  # it reads by then
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+    threading.Thread(target=kill_the_first, daemon=True).start()
     try:
         monkeypatch.setattr("torch.utils.data._utils.signal_handling._set_SIGCHLD_handler", lambda: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from quant.functional import sign
 from quant.matmul import Conv, Linear
 from quant.sign_gradients import obstacle_of_lookup
 
-pytestmark = pytest.mark.skipif(kernels.why_no_lookup() is not None, reason=str(kernels.why_no_lookup()))
+needs_lookup = pytest.mark.skipif(kernels.why_no_lookup() is not None, reason=str(kernels.why_no_lookup()))
 
 # images, channels, filters, height, width, kernel, stride, padding
 SHAPES: list[tuple[int, int, int, int, int, tuple[int, int], tuple[int, int], tuple[int, int]]] = [
@@ -55,6 +55,7 @@ class Case:
         return [tensor for tensor in torch.ops.aten.convolution_backward(*given, *rest) if tensor is not None]
 
 
+@needs_lookup
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_are_those_of_float64_but_for_rounding(shape: Any, channels_last: bool) -> None:
@@ -68,6 +69,7 @@ def test_gradients_are_those_of_float64_but_for_rounding(shape: Any, channels_la
     assert one_pixel or case.looked_up()[0].stride() == case.x.stride()
 
 
+@needs_lookup
 def test_small_whole_numbers_come_out_exactly() -> None:
     """Their sums need no rounding, in whatever order: equal to the last bit."""
     case = Case(SHAPES[1], channels_last=False)
@@ -76,6 +78,7 @@ def test_small_whole_numbers_come_out_exactly() -> None:
         assert torch.equal(ours.double(), exact)
 
 
+@needs_lookup
 def test_threads_change_no_bit() -> None:
     case, before = Case((6, 64, 64, 12, 12, (3, 3), (1, 1), (1, 1)), channels_last=False), torch.get_num_threads()
     try:

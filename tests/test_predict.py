@@ -53,6 +53,7 @@ def test_an_image_of_the_data_set_gets_the_answer_of_evaluation(
         Image.fromarray(data.val.content.pixels[sample, 0].numpy()).save(tmp_path / f"{k}.png")
     assert run(["predict", str(network), *[str(tmp_path / f"{k}.png") for k in range(6)]]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
     for k, line in enumerate(lines):
         name, _, said = line.partition(": ")
         assert name == str(tmp_path / f"{k}.png")

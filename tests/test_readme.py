@@ -58,6 +58,13 @@ def scan(figure: str) -> dict[tuple[str, float], float]:
     return {(row["series"], float(row["x"])): float(row["y"]) for row in rows}
 
 
+def series(points: dict[tuple[str, float], float], name: str) -> list[float]:
+    """The curve of that name, from left to right."""
+    found = [y for (series, _), y in sorted(points.items()) if series == name]
+    assert found
+    return found
+
+
 def test_what_is_said_of_the_mean_is_in_the_scan() -> None:
     left = scan("xnor-scale")
     for kind, share in (("normal", 1 - 2 / math.pi), ("uniform", 1 / 4), ("Laplace", 1 / 2)):
@@ -70,12 +77,12 @@ def test_what_is_said_of_the_mean_is_in_the_scan() -> None:
 
 def test_what_is_said_of_gradients_is_in_the_scans() -> None:
     cosines, terms = scan("xnor-printed-gradient"), scan("xnor-alpha-term")
-    assert all(y == 1 for (series, _), y in cosines.items() if series == "binop")
-    assert all(abs(cosines["paper", x] - y) < 1e-3 for (series, x), y in cosines.items() if series == "ste")
-    assert all(y > 10 for (series, _), y in terms.items() if series == "nothing behind")
-    assert all(y > 1 for (series, _), y in terms.items() if series == "ReLU, float layer")
-    for series in ("batch norm", "ReLU, max pool, batch norm"):
-        here = [y for (name, _), y in sorted(terms.items()) if name == series]
+    assert set(series(cosines, "binop")) == {1}
+    assert series(cosines, "paper") == pytest.approx(series(cosines, "ste"), abs=1e-3)
+    assert min(series(terms, "nothing behind")) > 10
+    assert min(series(terms, "ReLU, float layer")) > 1
+    for behind in ("batch norm", "ReLU, max pool, batch norm"):
+        here = series(terms, behind)
         assert here == sorted(here, reverse=True)
         assert here[-1] < 1e-3
 
@@ -90,15 +97,15 @@ def test_what_is_said_of_steps_is_in_the_scans() -> None:
 
 def test_what_is_said_of_constants_is_in_the_scans() -> None:
     constants, others = scan("8bit-rangebn-constant"), scan("8bit-rangebn-distribution")
-    assert all(y == 1 for (series, _), y in constants.items() if series == "scale d2")
+    assert set(series(constants, "scale d2")) == {1}
     assert [round(constants["scale paper", n], 2) for n in (16, 131072)] == [1.5, 1.83]
     assert [round(constants["scale reference", n], 2) for n in (16, 131072)] == [0.81, 0.99]
     assert r"1.5 times $\sigma$ at 16 values, 1.83 times at 131,072" in QUANT
     assert r"0.81 times $\sigma$ at 16 values, 0.99 at 131,072" in QUANT
-    relu = [y for (series, _), y in others.items() if series == "normal behind a ReLU"]
+    relu = series(others, "normal behind a ReLU")
     assert max(relu) - min(relu) < 1e-3
-    for series, sign in (("uniform", -1), ("Laplace", 1)):
-        here = [sign * y for (name, _), y in sorted(others.items()) if name == series]
+    for law, sign in (("uniform", -1), ("Laplace", 1)):
+        here = [sign * y for y in series(others, law)]
         assert here == sorted(here)
 
 

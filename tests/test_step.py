@@ -79,9 +79,10 @@ def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_signals: None) ->
 
 
 def test_a_seed_decides_the_first_weights_the_order_and_the_mixture(steps: Steps) -> None:
-    first, second = (steps.of(f"seed={seed}", "trainer.max_steps=1", "trainer.mixup=0.2") for seed in (0, 1))
+    first, second = (steps.of(f"seed={seed}", "trainer.max_steps=1") for seed in (0, 1))
     assert not torch.equal(first.parameters(0), second.parameters(0))
     assert not torch.equal(first.images[0], second.images[0])
+    first, second = (steps.of(f"seed={seed}", "trainer.max_steps=1", "trainer.mixup=0.2") for seed in (0, 1))
     batch = torch.arange(8.0).view(8, 1, 1, 1), torch.arange(8)
     mixtures = [seen.run.mixed(*batch)[0] for seen in (first, second, first)]
     assert torch.equal(mixtures[0], mixtures[2])
