@@ -91,7 +91,7 @@ def test_words_change_what_they_name_and_nothing_else(finished: Path) -> None:
     [
         (["checkpoint={run}", "model=vgg_small"], 65, "belongs to another network"),
         (["checkpoint={run}", "quant=none"], 65, "belongs to another network"),
-        (["checkpoint={run}", "dataset=mnist", "dataset.root=/nowhere"], 78, "dataset.root: mnist"),
+        (["checkpoint={run}", "dataset=mnist", "dataset.root=/nowhere"], 66, "dataset.root: mnist"),
         (["checkpoint={run}", "dataset.evil=1"], 78, "dataset.evil: unknown key"),
         (["checkpoint={run}", "evil=1"], 78, "evil"),
         (["checkpoint={run}", "quant.gradient=exat"], 78, "Did you mean 'exact'"),
