@@ -14,13 +14,11 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from quant.base import FLOAT, Precision, QuantizedLayer, Quantizer, register
 from quant.functional import sign, straight_through
 from quant.layers import Conv2d, Linear, Matrix, rewrite
 from quant.learned_step import StepCodes
-from quant.matmul import rows
 from quant.pack import WIDTHS, Layout
 from quant.uniform import grid, round_to
 
@@ -86,7 +84,7 @@ class _Dorefa(QuantizedLayer, Matrix):
     def forward(self, x: Tensor) -> Tensor:
         bits = self.settings.act_bits
         if self.norm is not None:
-            x = self.norm(x if self.weight.dim() == 4 else rows(x)).view(x.shape)
+            x = self.norm(self.by_channel(x)).view(x.shape)
         x = unit_quantize(x.clamp(0, 1), bits)
         step, zero = x.new_full((), 1 / (2**bits - 1)), x.new_zeros(())
         codec = StepCodes(Layout.of(x), min(width for width in WIDTHS if width >= bits), step, zero, None)
@@ -104,9 +102,8 @@ class _Dorefa(QuantizedLayer, Matrix):
     @torch.no_grad()
     def health(self, x: Tensor) -> dict[str, float]:
         """`clip_ratio`: the share of inputs outside [0, 1], normalised by the running figures."""
-        if (norm := self.norm) is not None:
-            flat = x if self.weight.dim() == 4 else rows(x)
-            x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        if self.norm is not None:
+            x = self.by_running_figures(x, self.norm)
         clipped = ((x < 0) | (x > 1)).float().mean()
         return {"clip_ratio": clipped.item(), "step_size": 1 / (2**self.settings.act_bits - 1)}
 

@@ -14,6 +14,7 @@ Parameters are taken over as they are, so float checkpoints load by name and not
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quant import matmul
 
@@ -36,6 +37,15 @@ class Matrix(nn.Module):
         `codec` says what is kept of x for backward; maps `grad_input` and `grad_weight` quantize the gradient (`quant.matmul`).
         """
         raise NotImplementedError
+
+    def by_channel(self, x: Tensor) -> Tensor:
+        """An input as its batch norm takes it: images as they are, (*, N) of a linear layer as a matrix (M, N)."""
+        return x if self.weight.dim() == 4 else matmul.rows(x)
+
+    def by_running_figures(self, x: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
+        """The input as `norm` would hand it on in evaluation, whatever mode it is in."""
+        x = self.by_channel(x)
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 class Conv2d(Matrix, nn.Conv2d):

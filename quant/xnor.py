@@ -214,9 +214,8 @@ class _Binary(QuantizedLayer, Matrix):
         """`step_size`: the mean alpha. `clip_ratio`: the share of inputs outside [-1, 1], normalised by the running figures."""
         figures = {"step_size": self._latent_weight().abs().mean().item()}
         if self.settings.binary_activations:
-            if (norm := self.norm) is not None:
-                flat = x if x.dim() == 4 else matmul.rows(x)
-                x = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+            if self.norm is not None:
+                x = self.by_running_figures(x, self.norm)
             figures["clip_ratio"] = (x.abs() > 1).float().mean().item()
         return figures
 

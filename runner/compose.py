@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -237,6 +237,17 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             overrides.append(word)
     return overrides, config_dirs
+
+
+def own_words(words: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """What a verb's own keys are set to, the last word of each, and the words that are left: those of a run.
+
+    >>> own_words(["n=3", "quant=xnor", "n=5"], {"n"})
+    ({'n': '5'}, ['quant=xnor'])
+    """
+    pairs = [(word, *word.partition("=")) for word in words]
+    said = {key: value for _, key, _, value in pairs if key in own}
+    return said, [word for word, key, *_ in pairs if key not in own]
 
 
 def keys_of(words: Sequence[str]) -> list[str]:

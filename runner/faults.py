@@ -39,7 +39,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Absent(Fault):
-    """Nothing is wrong with the config, but something that it names is not there."""
+    """Nothing is wrong with the config, but something that it names is not there, or cannot be read."""
 
 
 @dataclass(frozen=True)

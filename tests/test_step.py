@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,42 +29,17 @@ SMALL += ["batch_size=32", "trainer.progress=none", "trainer.dashboard=none", "t
 SGD = "regime.phases=[{epoch: 0, optimizer: SGD, lr: 1.0}]"
 
 
-class Steps:
+@dataclass
+class Seen:
     """A run, and what it held just before the gradients of each step."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self._patch, self._folder = monkeypatch, folder
-        self.run: Any = None
-        self.weights: list[dict[str, Tensor]] = []
-        self.images: list[Tensor] = []
-        self.losses: list[float] = []
-        self.rates: list[float] = []
-        self.settings: list[dict[str, Any]] = []
-        self.sharpness: list[float] = []
-        self.stop_at: int | None = None
-
-    def of(self, *words: str) -> "Steps":
-        """A new run of these words, to its end or to step `stop_at`."""
-        seen, gradients_of = Steps(self._patch, self._folder), train.gradients_of
-        seen.stop_at = self.stop_at
-
-        def look(run: Any, optimizer: Any, images: Tensor, *rest: Any) -> Any:
-            seen.run = run
-            seen.weights.append({name: value.clone() for name, value in run.model.state_dict().items()})
-            seen.images.append(images.clone())
-            seen.rates.append(optimizer.param_groups[0]["lr"])
-            seen.settings.append(dict(run.setting()))
-            seen.sharpness += [float(b) for name, b in run.model.named_buffers() if name == "conv2.sharpness"]
-            if len(seen.images) == seen.stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            loss, right = gradients_of(run, optimizer, images, *rest)
-            seen.losses.append(float(loss))
-            return loss, right
-
-        with self._patch.context() as patch:
-            patch.setattr(train, "gradients_of", look)
-            job.train(config_from([*SMALL, f"outputs={self._folder}", *words]))
-        return seen
+    run: Any = None
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    sharpness: list[float] = field(default_factory=list)
 
     def parameters(self, step: int) -> Tensor:
         """All that is learned, in a row: before that step, or at the end of the run (-1)."""
@@ -72,86 +48,105 @@ class Steps:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_signals: None) -> Iterator[Steps]:
-    before = torch.get_num_threads()
-    yield Steps(monkeypatch, tmp_path)
-    torch.set_num_threads(before)
+def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_signals: None) -> Iterator[Callable[..., Seen]]:
+    """Runs the words to their end and tells what was seen; at step `stop_at` the run is asked to stop."""
+    threads, gradients_of = torch.get_num_threads(), train.gradients_of
+
+    def watched(*words: str, stop_at: int | None = None) -> Seen:
+        seen = Seen()
+
+        def look(run: Any, optimizer: Any, images: Tensor, *rest: Any) -> Any:
+            seen.run = run
+            seen.weights.append({name: value.clone() for name, value in run.model.state_dict().items()})
+            seen.images.append(images.clone())
+            seen.rates.append(optimizer.param_groups[0]["lr"])
+            seen.settings.append(dict(run.setting()))
+            seen.sharpness += [float(b) for name, b in run.model.named_buffers() if name == "conv2.sharpness"]
+            if len(seen.images) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            loss, right = gradients_of(run, optimizer, images, *rest)
+            seen.losses.append(float(loss))
+            return loss, right
+
+        monkeypatch.setattr(train, "gradients_of", look)
+        job.train(config_from([*SMALL, f"outputs={tmp_path}", *words]))
+        return seen
+
+    yield watched
+    torch.set_num_threads(threads)
 
 
-def test_a_seed_decides_the_first_weights_the_order_and_the_mixture(steps: Steps) -> None:
-    first, second = (steps.of(f"seed={seed}", "trainer.max_steps=1") for seed in (0, 1))
+def test_a_seed_decides_the_first_weights_the_order_and_the_mixture(watch: Callable[..., Seen]) -> None:
+    first, second = (watch(f"seed={seed}", "trainer.max_steps=1") for seed in (0, 1))
     assert not torch.equal(first.parameters(0), second.parameters(0))
     assert not torch.equal(first.images[0], second.images[0])
-    first, second = (steps.of(f"seed={seed}", "trainer.max_steps=1", "trainer.mixup=0.2") for seed in (0, 1))
+    first, second = (watch(f"seed={seed}", "trainer.max_steps=1", "trainer.mixup=0.2") for seed in (0, 1))
     batch = torch.arange(8.0).view(8, 1, 1, 1), torch.arange(8)
     mixtures = [seen.run.mixed(*batch)[0] for seen in (first, second, first)]
     assert torch.equal(mixtures[0], mixtures[2])
     assert not torch.equal(mixtures[0], mixtures[1])
 
 
-def test_a_run_has_the_threads_that_it_asked_for(steps: Steps) -> None:
+def test_a_run_has_the_threads_that_it_asked_for(watch: Callable[..., Seen]) -> None:
     for threads in (2, 1):
-        seen = steps.of(f"trainer.threads={threads}", "trainer.max_steps=1", f"name=threads-{threads}")
+        seen = watch(f"trainer.threads={threads}", "trainer.max_steps=1", f"name=threads-{threads}")
         assert torch.get_num_threads() == threads
         assert seen.run.environment["threads"] == threads
 
 
-def test_a_stop_is_followed_by_a_checkpoint_of_that_step(steps: Steps, tmp_path: Path) -> None:
-    steps.stop_at = 2
+def test_a_stop_is_followed_by_a_checkpoint_of_that_step(watch: Callable[..., Seen], tmp_path: Path) -> None:
     with pytest.raises(Preempted, match="SIGTERM"):
-        steps.of("trainer.checkpoint_every=1000")
+        watch("trainer.checkpoint_every=1000", stop_at=2)
     (folder,) = (tmp_path / "runs").iterdir()
     newest = load(Checkpoints(folder / "checkpoints").manifests()[0])
     assert newest.manifest["step"] == newest.state["progress"]["step"] == 2
 
 
 def test_without_an_interval_a_checkpoint_is_taken_as_often_as_it_is_cheap(
-    steps: Steps, monkeypatch: pytest.MonkeyPatch
+    watch: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
     monkeypatch.setattr(run.Run, "save", lambda self: saved.append(self.progress.step))
-    steps.of("epochs=2", "name=rare")
+    watch("epochs=2", "name=rare")
     assert saved == [6], "within a second nothing is due but the end"
     monkeypatch.setattr(run, "SHORTEST_PAUSE", 0.0)
     saved.clear()
-    steps.of("epochs=2", "name=often")
+    watch("epochs=2", "name=often")
     assert saved == [1, 2, 3, 4, 5, 6, 6]
 
 
-def test_a_schedule_goes_on_within_an_epoch(steps: Steps) -> None:
-    seen = steps.of("epochs=1")
+def test_a_schedule_goes_on_within_an_epoch(watch: Callable[..., Seen]) -> None:
+    seen = watch("epochs=1")
     assert len(set(seen.rates)) == 3
     assert seen.rates == [setting["lr"] for setting in seen.settings]
 
 
-def test_a_schedule_of_the_quantizer_reaches_its_layers_at_every_step(steps: Steps) -> None:
-    seen = steps.of(
-        "quant.ste=reste", "+regime.phases.0.quant.sharpness={schedule: linear, from: 1, to: 3}", "epochs=2"
-    )
+def test_a_schedule_of_the_quantizer_reaches_its_layers_at_every_step(watch: Callable[..., Seen]) -> None:
+    seen = watch("quant.ste=reste", "+regime.phases.0.quant.sharpness={schedule: linear, from: 1, to: 3}", "epochs=2")
     driven = seen.sharpness
     assert driven == pytest.approx([setting["quant.sharpness"] for setting in seen.settings])
     assert driven == pytest.approx([1 + 2 * step / 6 for step in range(6)])
 
 
-def test_a_regularizer_is_part_of_the_loss(steps: Steps) -> None:
+def test_a_regularizer_is_part_of_the_loss(watch: Callable[..., Seen]) -> None:
     plain, kept_away = (
-        steps.of("quant=lsq", "trainer.max_steps=1", *words) for words in ([], ["regularizer=rounding_margin"])
+        watch("quant=lsq", "trainer.max_steps=1", *words) for words in ([], ["regularizer=rounding_margin"])
     )
     assert torch.equal(plain.images[0], kept_away.images[0])
     assert kept_away.losses[0] > plain.losses[0] + 1e-3
 
 
-def test_gradients_are_clipped_to_the_norm_that_was_asked_for(steps: Steps) -> None:
-    seen = steps.of("quant=none", SGD, "trainer.grad_clip=0.01", "trainer.max_steps=1")
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(watch: Callable[..., Seen]) -> None:
+    seen = watch("quant=none", SGD, "trainer.grad_clip=0.01", "trainer.max_steps=1")
     moved = seen.parameters(-1) - seen.parameters(0)
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_what_a_quantizer_keeps_of_its_weights_is_kept_after_every_step(steps: Steps) -> None:
-    seen = steps.of(SGD, "lr=30", "quant.centre=none", "trainer.max_steps=2", "name=clamped")
+def test_what_a_quantizer_keeps_of_its_weights_is_kept_after_every_step(watch: Callable[..., Seen]) -> None:
+    seen = watch(SGD, "lr=30", "quant.centre=none", "trainer.max_steps=2", "name=clamped")
     weights = [layer.weight for layer in quantized_layers(seen.run.model).values()]
     assert max(float(weight.detach().abs().max()) for weight in weights) == 1.0
-    seen = steps.of(SGD, "quant.clamp=false", "trainer.max_steps=2", "name=centred")
+    seen = watch(SGD, "quant.clamp=false", "trainer.max_steps=2", "name=centred")
     assert float(seen.run.model.conv2.weight.detach().mean(1).abs().max()) < 1e-6
 
 
@@ -173,10 +168,10 @@ def test_parts_of_a_batch_give_the_loss_and_the_gradients_of_the_whole() -> None
         assert torch.allclose(whole, part, rtol=1e-6, atol=1e-9)
 
 
-def test_a_teacher_never_trains(steps: Steps, tmp_path: Path) -> None:
-    steps.of("trainer.max_steps=3", "name=teacher")
+def test_a_teacher_never_trains(watch: Callable[..., Seen], tmp_path: Path) -> None:
+    watch("trainer.max_steps=3", "name=teacher")
     (folder,) = (tmp_path / "runs").iterdir()
-    taught = steps.of(f"distill={folder}", "trainer.max_steps=2", "name=pupil")
+    taught = watch(f"distill={folder}", "trainer.max_steps=2", "name=pupil")
     teacher = taught.run.objective.teacher
     assert not any(module.training for module in teacher.modules())
     stored = read_weights(folder).tensors
@@ -184,7 +179,9 @@ def test_a_teacher_never_trains(steps: Steps, tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_the_weights_of_the_best_epoch_are_tested_and_kept(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_of_the_best_epoch_are_tested_and_kept(
+    watch: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second of three epochs is said to be the best."""
     said, ends, tested = iter((50.0, 90.0, 70.0)), [], []
 
@@ -198,7 +195,7 @@ def test_the_weights_of_the_best_epoch_are_tested_and_kept(steps: Steps, monkeyp
 
     monkeypatch.setattr(train, "evaluate", validate)
     monkeypatch.setattr(job, "evaluate", test)
-    steps.of("epochs=3")
+    watch("epochs=3")
     assert not torch.equal(ends[1]["fc2.weight"], ends[2]["fc2.weight"])
     assert all(torch.equal(tested[0][name], value) for name, value in ends[1].items())
 
@@ -215,9 +212,9 @@ def test_an_average_of_the_weights_is_the_one_of_its_formula() -> None:
     assert float(average.module.weight.detach()) == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 4)
 
 
-def test_another_layout_trains_the_same_network(steps: Steps) -> None:
+def test_another_layout_trains_the_same_network(watch: Callable[..., Seen]) -> None:
     words = ["quant=none", "trainer.max_steps=1"]
-    plain, last = steps.of(*words), steps.of(*words, "trainer.channels_last=true")
+    plain, last = watch(*words), watch(*words, "trainer.channels_last=true")
     assert last.run.model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
     assert last.losses == pytest.approx(plain.losses, rel=1e-4)
 

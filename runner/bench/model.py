@@ -11,7 +11,7 @@ which imitates low precision in floats, is measured besides. `n`: turns; `memory
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.compose import config_from, split_options
+from runner.compose import config_from, own_words, split_options
 from runner.faults import ConfigError, Fault, refuse_missing
 from runner.schema import RunConfig
 
@@ -35,8 +35,8 @@ class Plan:
 def plan_of(words: Sequence[str]) -> Plan:
     """Read the words of this verb; the others are those of a run. Raises ConfigError, or MissingInput for a checkpoint."""
     overrides, config_dirs = split_options(words)
-    own = OWN | {key: value for key, _, value in (word.partition("=") for word in overrides) if key in OWN}
-    rest = [word for word in overrides if word.partition("=")[0] not in OWN]
+    said, rest = own_words(overrides, OWN)
+    own = OWN | said
     faults = [
         Fault(key, f"{own[key]!r}: give whole numbers from 1")
         for key in ("n", "batch", "threads")

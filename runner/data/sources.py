@@ -7,7 +7,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,35 +20,6 @@ from runner.regime import steps_per_epoch
 
 log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]
-
-
-class Source(Protocol):
-    """One part of a data set, as batches."""
-
-    @property
-    def skipped(self) -> int:
-        """Images left out because they could not be decoded, as far as is known by now."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def steps(self, batch_size: int, world: int = 1) -> int:
-        """Batches of one pass; in training the same number in each of `world` processes."""
-        ...
-
-    def batches(
-        self,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        input_size: int | None = None,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """(float32 NCHW, normalised; int64 labels) on the device, from batch `start` on; `batch_size` is of all processes."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,8 +44,8 @@ class Recipe:
         return resize(self.augment.erase_(x, samples, draw), size)
 
 
-class _Shards(ABC):
-    """Which samples make up which batch.
+class Source(ABC):
+    """Batches of images with labels: which samples make up which, and in what order; where they lie is for its kinds.
 
     One global order is cut into global batches; each process takes its contiguous share of every one. The
     last, uneven one is shared out as evenly as can be. In training it is dropped, in all processes alike, if that
@@ -89,7 +59,13 @@ class _Shards(ABC):
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    @abstractmethod
+    def skipped(self) -> int:
+        """Images left out because they could not be decoded, as far as is known by now."""
+
     def steps(self, batch_size: int, world: int = 1) -> int:
+        """Batches of one pass; in training the same number in each of `world` processes."""
         if self.recipe.train:
             return steps_per_epoch(len(self), batch_size, self.recipe.drop_last, world)
         return -(-len(self) // batch_size)
@@ -105,6 +81,7 @@ class _Shards(ABC):
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[Batch]:
+        """(float32 NCHW, normalised; int64 labels) on the device, from batch `start` on; `batch_size` is of all processes."""
         draw, size = Draw(seed, epoch), input_size or self.recipe.image_size
         shares = self._samples(draw, batch_size, start, rank, world)
         return self._read(shares, draw if self.recipe.train else None, size)
@@ -124,12 +101,16 @@ class _Shards(ABC):
                 yield share
 
 
-class MemorySource(_Shards):
+class MemorySource(Source):
     """Batches of images that lie on the device."""
 
     def __init__(self, content: Pixels, index: Tensor, recipe: Recipe, skipped: int) -> None:
         super().__init__(index, recipe)
-        self.content, self.skipped = content, skipped
+        self.content, self._skipped = content, skipped
+
+    @property
+    def skipped(self) -> int:
+        return self._skipped
 
     def _read(self, shares: Iterator[Tensor], draw: Draw | None, size: int) -> Iterator[Batch]:
         for samples in shares:
@@ -138,7 +119,7 @@ class MemorySource(_Shards):
             yield x, self.content.labels.index_select(0, samples)
 
 
-class StreamSource(_Shards):
+class StreamSource(Source):
     """Batches of images that are decoded as they are needed."""
 
     def __init__(self, content: Files, index: Tensor, recipe: Recipe, workers: int) -> None:

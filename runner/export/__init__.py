@@ -23,12 +23,11 @@ OWN = ("format", "out", "agreement", "difference")
 
 def export(words: Sequence[str]) -> int:
     """Write the file and its certificate. Other words change the stored config, as for `evaluate`."""
-    own = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.partition("=")[0] in OWN}
-    rest = [word for word in words if word.partition("=")[0] not in OWN]
+    from runner.compose import checked, compose_words, keys_of, own_words, split_options
+
+    own, rest = own_words(words, OWN)
     wanted = _checked_format(own.get("format", ""))
     bounds = {key: _number(key, text) for key, text in own.items() if key in ("agreement", "difference")}
-    from runner.compose import checked, compose_words, keys_of, split_options
-
     overrides, config_dirs = split_options([*rest, "mode=evaluate"])
     composition = compose_words([*overrides, "trainer.device=cpu"], config_dirs)
     given = composition.raw.get("checkpoint")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.compose import split_options
+from runner.compose import own_words, split_options
 from runner.faults import ConfigError, Fault
 from runner.sweeps.search_space import Search, read_search
 
@@ -36,8 +36,7 @@ class Options:
 def options_of(words: Sequence[str]) -> Options:
     """Raises ConfigError."""
     words, config_dirs = split_options(words)
-    said = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN}
-    rest = [word for word in words if word.partition("=")[0] not in OWN]
+    said, rest = own_words(words, OWN)
     unknown = [word for word in rest if word.startswith("search.") or "=" not in word]
     if unknown:
         raise ConfigError(
