@@ -7,7 +7,7 @@
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt, Interval
@@ -64,6 +64,7 @@ class _Learned(QuantizedLayer, Matrix):
 
     no_decay = ("weight_quantizer.step", "act_quantizer.step", "act_quantizer.offset")
     settings: "Lsq"
+    geometry: Any  # matmul.Conv or matmul.Linear
     weight_quantizer: StepQuantizer
     act_quantizer: StepQuantizer | None
 
@@ -83,10 +84,21 @@ class _Learned(QuantizedLayer, Matrix):
         x, codec = self._quantized_input(x)
         return self.product(x, self.weight_quantizer(self.weight), self.bias, codec)
 
+    def backward_in_bf16_(self) -> bool:
+        """Codes lose nothing in bfloat16; a layer that multiplies values, as all do off the CPU, stays as exact as it was."""
+        if self._may_count():
+            self.geometry = replace(self.geometry, bf16=True)
+        return self._may_count()
+
+    def _may_count(self) -> bool:
+        """Whether both operands are whole numbers times one step."""
+        a, w = self.act_quantizer, self.weight_quantizer
+        plain = a is not None and a.offset is None and w.step.numel() == 1
+        return plain and isinstance(self.geometry, matmul.Conv)
+
     def _counts(self, x: Tensor) -> bool:
         """Whether this call is a convolution of whole numbers."""
-        a, w = self.act_quantizer, self.weight_quantizer
-        if a is None or a.offset is not None or w.step.numel() > 1 or not isinstance(self.geometry, matmul.Conv):
+        if not self._may_count():
             return False
         exact = integer.fits(self.weight, 1 << self.settings.act_bits, 1 << self.settings.weight_bits - 1)
         return exact and lsq_product.obstacle(x, self.weight) is None

@@ -4,6 +4,9 @@
     backward  dx_q = g * w_q^T     dw_q = g * x_q^T      x_q = s_x code_x, w_q = s_w code_w, as ever
               and from these dx, ds_x, dw, ds_w          by `quant.learned_step`, one pass each
 
+Where the geometry says `bf16`, backward multiplies codes in bfloat16, which holds every whole number up to 256: g is rounded to
+8 bits of mantissa, g * code_w^T and g * code_x^T are summed in float32 and rounded once, and the steps come behind them.
+
 Kept for backward: x, which the ReLU in front of it keeps anyway, and its codes, 8 bits a value, packed to 4 or 2 where they fit.
 """
 
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant import integer, kernels
+from quant import exact, integer, kernels
 from quant.matmul import Conv, bias_gradient
 from quant.pack import WIDTHS, Layout, pack, unpack
 
@@ -36,10 +39,7 @@ def obstacle(x: Tensor, w: Tensor) -> str | None:
         return "a graph is being traced"
     if x.dim() != 4 or x.numel() == 0 or type(x) is not Tensor:
         return f"an input of shape {tuple(x.shape)}"
-    for tensor in (x, w):
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            return f"tensors of {tensor.dtype} on {tensor.device.type}"
-    return "autocast is on" if torch.is_autocast_enabled("cpu") else kernels.why_not()
+    return exact.obstacle_of_type(x, w) or kernels.why_not()
 
 
 def conv2d(
@@ -57,6 +57,7 @@ def _dense(x: Tensor) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
+    @exact.in_float32
     def forward(
         ctx: Any, x: Tensor, step_x: Tensor, w: Tensor, step_w: Tensor, bias: Tensor | None,
         of_x: StepSpec, of_w: StepSpec, shape: Conv, kernel: str,
@@ -75,16 +76,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        from quant.kernels import elementwise
-
         x, step_x, w, step_w, _ = _saved(ctx)
         (of_x, of_w), need = ctx.of, ctx.needs_input_grad
-        code_x, code_w = _codes(ctx)
-        x_q = g.new_empty(()).expand(x.shape) if code_x is None else elementwise.decode(code_x, -of_x.low, step_x)
-        w_q = elementwise.decode(code_w, -of_w.low, step_w)
-        ctx.codes = ctx.unpacked = code_x = None
-        dx, dw = ctx.shape.backward(g, x_q, w_q, need[0] or need[1], need[2] or need[3])
-        del x_q, code_x  # before others take memory
+        dx, dw = (_rounded_products if ctx.shape.bf16 else _products)(ctx, g, need[0] or need[1], need[2] or need[3])
+        ctx.codes = ctx.unpacked = None
         dx, dstep_x = _gradients(x, dx, step_x, of_x)
         dw, dstep_w = _gradients(w, dw, step_w, of_w)
         db = bias_gradient(g, ctx.shape) if need[4] else None
@@ -128,6 +123,34 @@ def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     _, _, w, step_w, kept = _saved(ctx)
     code_x = None if kept is None else ctx.layout.restore(unpack(kept, ctx.width, (ctx.layout.count,)))
     return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
+
+
+def _products(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
+    """dx_q and dw_q in float32."""
+    from quant.kernels import elementwise
+
+    x, step_x, _, step_w, _ = _saved(ctx)
+    of_x, of_w = ctx.of
+    code_x, code_w = _codes(ctx)
+    ctx.codes = None  # floats take the place of the bytes before the products take memory
+    x_q = g.new_empty(()).expand(x.shape) if code_x is None else elementwise.decode(code_x, -of_x.low, step_x)
+    del code_x
+    products: tuple[Tensor | None, Tensor | None] = ctx.shape.backward(
+        g, x_q, elementwise.decode(code_w, -of_w.low, step_w), need_x, need_w
+    )
+    return products
+
+
+def _rounded_products(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
+    """dx_q and dw_q of g and of codes in bfloat16; the steps are multiplied in float32."""
+    x, step_x, _, step_w, _ = _saved(ctx)
+    (of_x, of_w), low = ctx.of, torch.bfloat16
+    code_x, code_w = _codes(ctx)
+    ctx.codes = None
+    whole_x = g.new_empty((), dtype=low).expand(x.shape) if code_x is None else code_x.to(low).add_(of_x.low)
+    del code_x
+    dx, dw = ctx.shape.backward(g.to(low), whole_x, code_w.to(low).add_(of_w.low), need_x, need_w)
+    return None if dx is None else dx.to(g.dtype).mul_(step_w), None if dw is None else dw.to(g.dtype).mul_(step_x)
 
 
 def _gradients(v: Tensor, g: Tensor | None, step: Tensor, of: StepSpec) -> tuple[Tensor | None, Tensor | None]:

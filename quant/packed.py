@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant import kernels, matmul
+from quant import exact, kernels, matmul
 from quant.functional import Ste, WeightGradient, filter_mean, scaled_sign_gradient, sign
 from quant.sign_gradients import Shape, gradients, obstacle_of_geometry
 
@@ -34,13 +34,10 @@ def obstacle_of_input(x: Tensor, w: Tensor, bias: Tensor | None) -> str | None:
     """Why this call must be computed in floats; None if it need not. Asks for nothing that breaks a compiled graph."""
     if torch.compiler.is_compiling():
         return "a graph is being traced"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}"
-    for tensor in (x, w) if bias is None else (x, w, bias):
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            return f"tensors of {tensor.dtype} on {tensor.device.type}"
+    if obstacle := exact.obstacle_of_type(x, w, *(() if bias is None else (bias,))):
+        return obstacle
     if x.numel() == 0 or (w.dim() == 4 and x.dim() != 4):
         return f"an input of shape {tuple(x.shape)}"
     return _obstacle_of_format(x, w) if w.dim() == 4 else None
@@ -92,6 +89,7 @@ class _Bits:
 
 class _ProductOfSigns(torch.autograd.Function):
     @staticmethod
+    @exact.in_float32
     def forward(
         ctx: Any,
         x: Tensor,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from runner.faults import BadData, MissingInput
 from runner.files import write_atomic
 
 FORMAT = "lowbit-runner weights 1"
+FEW = 4  # names that are told one by one
 ANYWHERE = {
     "outputs": "outputs",
     "checkpoint": None,
@@ -152,9 +153,23 @@ class Match:
         """For people: nothing is left out silently."""
         yield f"pretrained: {len(self.loaded)} tensors loaded by name"
         if self.missing:
-            yield f"pretrained: not in the file, kept as initialised: {', '.join(self.missing)}"
+            yield f"pretrained: not in the file, kept as initialised: {_by_ending(self.missing)}"
         if self.unused:
-            yield f"pretrained: in the file, not used: {', '.join(self.unused)}"
+            yield f"pretrained: in the file, not used: {_by_ending(self.unused)}"
+
+
+def _by_ending(names: Sequence[str]) -> str:
+    """Names, those of many layers once.
+
+    >>> _by_ending(["fc.bias", *(f"conv{i}.input_range.low" for i in range(20))])
+    'fc.bias, 20 *.low (conv0.input_range.low, ...)'
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[2], []).append(name)
+    return ", ".join(
+        ", ".join(group) if len(group) <= FEW else f"{len(group)} *.{last} ({group[0]}, ...)" for last, group in groups.items()
+    )
 
 
 def load_matching(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:

@@ -181,10 +181,19 @@ def test_other_types_fall_back(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     assert len(outputs) == 1
 
 
-def test_autocast_empty_batches_and_meta_tensors_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_leaves_the_product_as_exact_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, layer = counted(monkeypatch), Xnor(input_norm="none").layer(nn.Conv2d(8, 4, 3))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(ordinary(2, 8, 5, 5)).dtype == torch.bfloat16
+    for x in (ordinary(2, 8, 5, 5), ordinary(2, 8, 5, 5).bfloat16()):
+        want = layer(x.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.float32
+        assert torch.equal(y, want)
+    assert len(outputs) == 4
+
+
+def test_empty_batches_and_meta_tensors_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, layer = counted(monkeypatch), Xnor(input_norm="none").layer(nn.Conv2d(8, 4, 3))
     assert layer(torch.empty(0, 8, 5, 5)).shape == (0, 4, 3, 3)
     assert layer(ordinary(8, 5, 5)).shape == (4, 3, 3)
     assert layer.to("meta")(torch.empty(2, 8, 5, 5, device="meta")).shape == (2, 4, 3, 3)

@@ -66,6 +66,8 @@ def test_the_rounded_gradient_is_the_same_from_bits_and_from_floats(kind: str) -
 
 def test_methods_whose_operands_bfloat16_would_round_refuse() -> None:
     assert not Xnor(binary_activations=False).layer(nn.Linear(4, 2)).backward_in_bf16_()  # type: ignore[operator]
-    config = config_from(["dataset=synthetic", "quant=lsq", "trainer.backward=bf16"])
-    with pytest.raises(ConfigError, match="lsq has no layer whose operands bfloat16 holds exactly; accepted: exact"):
+    config = config_from(["dataset=synthetic", "quant=8bit-rangebn", "trainer.backward=bf16"])
+    with pytest.raises(
+        ConfigError, match="8bit-rangebn has no layer whose operands bfloat16 holds exactly; accepted: exact"
+    ):
         build(config, in_channels=3, num_classes=10, image_size=32)
