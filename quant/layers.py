@@ -30,11 +30,18 @@ class Matrix(nn.Module):
         """What a method adds to a layer that stands already: submodules, buffers, its precision."""
 
     def product(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, codec: matmul.Codec | None = None, **maps: matmul.GradientMap
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        codec: matmul.Codec | None = None,
+        unit: Tensor | None = None,
+        **maps: matmul.GradientMap,
     ) -> Tensor:
         """x * w + bias in this layer's geometry.
 
-        `codec` says what is kept of x for backward; maps `grad_input` and `grad_weight` quantize the gradient (`quant.matmul`).
+        `codec` says what is kept of x for backward, `unit` what w is whole numbers of; maps `grad_input` and `grad_weight`
+        quantize the gradient (`quant.matmul`).
         """
         raise NotImplementedError
 
@@ -69,9 +76,15 @@ class Conv2d(Matrix, nn.Conv2d):
         self.prepare()
 
     def product(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, codec: matmul.Codec | None = None, **maps: matmul.GradientMap
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        codec: matmul.Codec | None = None,
+        unit: Tensor | None = None,
+        **maps: matmul.GradientMap,
     ) -> Tensor:
-        return matmul.conv2d(x, w, bias, self.geometry, codec, **maps)
+        return matmul.conv2d(x, w, bias, self.geometry, codec, unit, **maps)
 
 
 class Linear(Matrix, nn.Linear):
@@ -85,9 +98,15 @@ class Linear(Matrix, nn.Linear):
         self.prepare()
 
     def product(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, codec: matmul.Codec | None = None, **maps: matmul.GradientMap
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        codec: matmul.Codec | None = None,
+        unit: Tensor | None = None,
+        **maps: matmul.GradientMap,
     ) -> Tensor:
-        return matmul.linear(x, w, bias, codec, shape=self.geometry, **maps)
+        return matmul.linear(x, w, bias, codec, unit, shape=self.geometry, **maps)
 
 
 def rewrite(module: nn.Module, settings: Any, conv: type[Conv2d], linear: type[Linear]) -> nn.Module:

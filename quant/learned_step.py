@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from quant import lsq_init
 from quant.lsq_product import StepSpec
+from quant.matmul import Scaled
 from quant.pack import WIDTHS, Layout, pack, unpack
 
 Range = Literal["auto", "unsigned", "signed", "symmetric"]
@@ -126,6 +127,12 @@ class StepCodes:
         packed, step, qn, *offset = saved
         codes = unpack(packed, self.width, (self.layout.count,)).to(step.dtype) - qn
         return self.layout.restore(value_of(codes, step, offset[0] if offset else None))
+
+    def numbers(self, *saved: Tensor) -> Scaled:
+        """Codes and step, where there is no offset."""
+        packed, step, qn = saved
+        codes = unpack(packed, self.width, (self.layout.count,)).to(torch.bfloat16) - qn
+        return Scaled(self.layout.restore(codes), step)
 
 
 # ---- the parameters -----------------------------------------------------------------------------------------------------

@@ -82,23 +82,22 @@ class _Learned(QuantizedLayer, Matrix):
         if self._counts(x):
             return self._product_of_codes(x)
         x, codec = self._quantized_input(x)
-        return self.product(x, self.weight_quantizer(self.weight), self.bias, codec)
+        w = self.weight_quantizer
+        return self.product(x, w(self.weight), self.bias, codec, w.size().detach())
 
     def backward_in_bf16_(self) -> bool:
-        """Codes lose nothing in bfloat16; a layer that multiplies values, as all do off the CPU, stays as exact as it was."""
-        if self._may_count():
+        """Codes lose nothing in bfloat16, of which an input with an offset has none."""
+        if self._of_codes():
             self.geometry = replace(self.geometry, bf16=True)
-        return self._may_count()
+        return self._of_codes()
 
-    def _may_count(self) -> bool:
-        """Whether both operands are whole numbers times one step."""
-        a, w = self.act_quantizer, self.weight_quantizer
-        plain = a is not None and a.offset is None and w.step.numel() == 1
-        return plain and isinstance(self.geometry, matmul.Conv)
+    def _of_codes(self) -> bool:
+        """Whether both operands are whole numbers times their steps."""
+        return self.act_quantizer is not None and self.act_quantizer.offset is None
 
     def _counts(self, x: Tensor) -> bool:
         """Whether this call is a convolution of whole numbers."""
-        if not self._may_count():
+        if not self._of_codes() or self.weight_quantizer.step.numel() > 1 or not isinstance(self.geometry, matmul.Conv):
             return False
         exact = integer.fits(self.weight, 1 << self.settings.act_bits, 1 << self.settings.weight_bits - 1)
         return exact and lsq_product.obstacle(x, self.weight) is None

@@ -4,8 +4,7 @@
     backward  dx_q = g * w_q^T     dw_q = g * x_q^T      x_q = s_x code_x, w_q = s_w code_w, as ever
               and from these dx, ds_x, dw, ds_w          by `quant.learned_step`, one pass each
 
-Where the geometry says `bf16`, backward multiplies codes in bfloat16, which holds every whole number up to 256: g is rounded to
-8 bits of mantissa, g * code_w^T and g * code_x^T are summed in float32 and rounded once, and the steps come behind them.
+Where the geometry says `bf16`, the codes are multiplied in bfloat16, and the steps come behind: `matmul.rounded_products`.
 
 Kept for backward: x, which the ReLU in front of it keeps anyway, and its codes, 8 bits a value, packed to 4 or 2 where they fit.
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quant import exact, integer, kernels
-from quant.matmul import Conv, bias_gradient
+from quant.matmul import Conv, Scaled, bias_gradient, rounded_products
 from quant.pack import WIDTHS, Layout, pack, unpack
 
 
@@ -78,7 +77,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, step_x, w, step_w, _ = _saved(ctx)
         (of_x, of_w), need = ctx.of, ctx.needs_input_grad
-        dx, dw = (_rounded_products if ctx.shape.bf16 else _products)(ctx, g, need[0] or need[1], need[2] or need[3])
+        need_x, need_w = need[0] or need[1], need[2] or need[3]
+        dx, dw = _in_bf16(ctx, g, need_x) if ctx.shape.bf16 else _in_float32(ctx, g, need_x, need_w)
         ctx.codes = ctx.unpacked = None
         dx, dstep_x = _gradients(x, dx, step_x, of_x)
         dw, dstep_w = _gradients(w, dw, step_w, of_w)
@@ -125,7 +125,7 @@ def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
 
 
-def _products(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
+def _in_float32(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
     """dx_q and dw_q in float32."""
     from quant.kernels import elementwise
 
@@ -141,16 +141,16 @@ def _products(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor |
     return products
 
 
-def _rounded_products(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
-    """dx_q and dw_q of g and of codes in bfloat16; the steps are multiplied in float32."""
+def _in_bf16(ctx: Any, g: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The same in bfloat16."""
     x, step_x, _, step_w, _ = _saved(ctx)
     (of_x, of_w), low = ctx.of, torch.bfloat16
     code_x, code_w = _codes(ctx)
     ctx.codes = None
-    whole_x = g.new_empty((), dtype=low).expand(x.shape) if code_x is None else code_x.to(low).add_(of_x.low)
+    numbers_x = None if code_x is None else Scaled(code_x.to(low).add_(of_x.low), step_x)
     del code_x
-    dx, dw = ctx.shape.backward(g.to(low), whole_x, code_w.to(low).add_(of_w.low), need_x, need_w)
-    return None if dx is None else dx.to(g.dtype).mul_(step_w), None if dw is None else dw.to(g.dtype).mul_(step_x)
+    numbers_w = Scaled(code_w.to(low).add_(of_w.low), step_w)
+    return rounded_products(g, g, numbers_x, numbers_w, x.shape, ctx.shape, need_x)
 
 
 def _gradients(v: Tensor, g: Tensor | None, step: Tensor, of: StepSpec) -> tuple[Tensor | None, Tensor | None]:

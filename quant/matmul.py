@@ -6,6 +6,8 @@ an approximation. Here the layer says so by a `Codec`, and may quantize the grad
     forward   y = x * w + b                     saved: codec.encode(x), w
     backward  dx = grad_input(g) * w^T          dw = grad_weight(g) * decode(saved)^T          db = sum g   (always exact)
 
+Where w and what was saved are whole numbers times a unit, the two products may be made in bfloat16 (`rounded_products`).
+
 >>> x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=True)
 >>> conv2d(x, w, None, Conv(padding=(1, 1))).sum().backward()
 >>> v = w.detach().clone().requires_grad_()
@@ -16,7 +18,7 @@ True
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,19 @@ class Codec(Protocol):
     def decode(self, *saved: Tensor) -> Tensor: ...
 
 
+class Scaled(NamedTuple):
+    """A tensor as whole numbers of at most 256, which bfloat16 holds exactly, times a unit: one, or one for each `x[i]`."""
+
+    numbers: Tensor
+    unit: Tensor
+
+
+class NumberCodec(Codec, Protocol):
+    """A codec whose results are whole numbers times a unit."""
+
+    def numbers(self, *saved: Tensor) -> Scaled: ...
+
+
 class Whole:
     """Keep the input as it is: plain autograd."""
 
@@ -58,7 +73,7 @@ class Conv:
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     bf16: bool = False
-    """Whether the gradients' products may be computed in bfloat16: `quant.sign_gradients`."""
+    """Whether the gradients' products are to be computed in bfloat16, where operands allow it."""
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Self:
@@ -96,6 +111,33 @@ class Linear:
         return dx, dw
 
 
+def rounded_products(
+    g_input: Tensor, g_weight: Tensor, x: Scaled | None, w: Scaled, size: torch.Size, shape: Conv | Linear, need_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx (`size`) and dw (None without x) by products in bfloat16, whose sums are float32 (not on every processor).
+
+    What is rounded to 8 bits of mantissa is g on its way in, multiplied by the units of w where these are several, and the
+    result on its way out. Numbers need no rounding; single units come behind the product.
+    """
+    low, one, dx, dw = torch.bfloat16, w.unit.numel() == 1, None, None
+    rounded = g_weight.to(low)
+    if need_x:
+        if not one:
+            g_input = g_input * w.unit.view(-1, *[1] * (w.numbers.dim() - 2))
+        scaled = rounded if g_input is g_weight else g_input.to(low)
+        dx = shape.backward(scaled, scaled.new_empty(()).expand(size), w.numbers, True, False)[0]
+        assert dx is not None
+        dx = dx.to(g_input.dtype).mul_(w.unit) if one else dx.to(g_input.dtype)
+    if x is not None:
+        dw = shape.backward(rounded, x.numbers, w.numbers, False, True)[1]
+        assert dw is not None
+        dw = dw.to(g_weight.dtype).mul_(x.unit)
+    return dx, dw
+
+
+UNTOUCHED = (None,) * 5  # what follows x, w and bias has no gradient
+
+
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,20 +147,28 @@ class _Matmul(torch.autograd.Function):
         bias: Tensor | None,
         shape: Conv | Linear,
         codec: Codec,
+        unit: Tensor | None,
         grad_input: GradientMap | None,
         grad_weight: GradientMap | None,
     ) -> Tensor:
-        ctx.save_for_backward(w, *(codec.encode(x) if ctx.needs_input_grad[1] else ()))
+        ctx.save_for_backward(w, unit, *(codec.encode(x) if ctx.needs_input_grad[1] else ()))
         ctx.shape, ctx.codec, ctx.maps, ctx.x = shape, codec, (grad_input, grad_weight), (x.shape, x.dtype)
         return shape.forward(x, w, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        w, *saved = ctx.saved_tensors
+        w, unit, *saved = ctx.saved_tensors
         size, dtype = ctx.x
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         grad_input, grad_weight = ctx.maps
+        db = bias_gradient(g, ctx.shape) if need_b else None
+        if ctx.shape.bf16 and unit is not None:
+            numbers = ctx.codec.numbers(*saved) if need_w else None
+            g_input, g_weight = (made(g) if made else g for made in ctx.maps)
+            scaled = Scaled((w / unit).to(torch.bfloat16), unit)
+            dx, dw = rounded_products(g_input, g_weight, numbers, scaled, size, ctx.shape, need_x)
+            return dx if dx is None else dx.to(dtype), dw, db, *UNTOUCHED
         x = ctx.codec.decode(*saved).to(g.dtype) if need_w else g.new_empty(()).expand(size)
         w = w.to(g.dtype)
         if grad_input is None and grad_weight is None:  # one call for both products lets the library share its work
@@ -126,8 +176,7 @@ class _Matmul(torch.autograd.Function):
         else:
             dx = ctx.shape.backward(grad_input(g) if grad_input else g, x, w, need_x, False)[0]
             dw = ctx.shape.backward(grad_weight(g) if grad_weight else g, x, w, False, need_w)[1]
-        db = bias_gradient(g, ctx.shape) if need_b else None
-        return dx.to(dtype) if need_x else None, dw, db, None, None, None, None
+        return dx.to(dtype) if need_x else None, dw, db, *UNTOUCHED
 
 
 def bias_gradient(g: Tensor, shape: Conv | Linear) -> Tensor:
@@ -138,11 +187,17 @@ def bias_gradient(g: Tensor, shape: Conv | Linear) -> Tensor:
 
 
 def _product(
-    x: Tensor, w: Tensor, bias: Tensor | None, shape: Conv | Linear, codec: Codec, *maps: GradientMap | None
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    shape: Conv | Linear,
+    codec: Codec,
+    unit: Tensor | None,
+    *maps: GradientMap | None,
 ) -> Tensor:
     if not torch.is_grad_enabled():  # autograd would encode what nobody will ask for
         return shape.forward(x, w, bias)
-    y: Tensor = _Matmul.apply(x, w, bias, shape, codec, *maps)
+    y: Tensor = _Matmul.apply(x, w, bias, shape, codec, unit, *maps)
     return y
 
 
@@ -152,11 +207,15 @@ def conv2d(
     bias: Tensor | None,
     shape: Conv,
     codec: Codec | None = None,
+    unit: Tensor | None = None,
     grad_input: GradientMap | None = None,
     grad_weight: GradientMap | None = None,
 ) -> Tensor:
-    """x (B, C, H, W), w (O, C/groups, h, w), bias (O) or None -> (B, O, H', W')."""
-    return _product(x, w, bias, shape, codec or Whole(), grad_input, grad_weight)
+    """x (B, C, H, W), w (O, C/groups, h, w), bias (O) or None -> (B, O, H', W').
+
+    `unit`: what w is whole numbers of, one or (O, 1, 1, 1); with a NumberCodec it makes `shape.bf16` possible.
+    """
+    return _product(x, w, bias, shape, codec or Whole(), unit, grad_input, grad_weight)
 
 
 def linear(
@@ -164,9 +223,10 @@ def linear(
     w: Tensor,
     bias: Tensor | None,
     codec: Codec | None = None,
+    unit: Tensor | None = None,
     grad_input: GradientMap | None = None,
     grad_weight: GradientMap | None = None,
     shape: Linear | None = None,
 ) -> Tensor:
-    """x (..., C), w (O, C), bias (O) or None -> (..., O)."""
-    return _product(x, w, bias, shape or Linear(), codec or Whole(), grad_input, grad_weight)
+    """x (..., C), w (O, C), bias (O) or None -> (..., O). `unit` as in `conv2d`, one or (O, 1)."""
+    return _product(x, w, bias, shape or Linear(), codec or Whole(), unit, grad_input, grad_weight)

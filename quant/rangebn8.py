@@ -10,8 +10,8 @@ One forward product serves both gradients (`quant.matmul`); the reference code c
 kept for backward are the codes of x, a byte a value. Batch normalisation becomes Range BN (`quant.range_bn`).
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval, Le
@@ -29,6 +29,7 @@ class _EightBit(QuantizedLayer, Matrix):
     """What convolution and linear layer share."""
 
     settings: "EightBit"
+    geometry: Any  # matmul.Conv or matmul.Linear
 
     def prepare(self) -> None:
         of = self.settings
@@ -42,14 +43,23 @@ class _EightBit(QuantizedLayer, Matrix):
         of = self.settings
         x_grid = self.input_range(x)
         x = fake_quantize(x, x_grid, of.act_bits)
-        w = fake_quantize(self.weight, self._weight_grid(), of.weight_bits)
+        w_grid = self._weight_grid()
+        w = fake_quantize(self.weight, w_grid, of.weight_bits)
         bias = self.bias
         if bias is not None:
             bias = fake_quantize(bias, span(bias, of.bias_bits, of.zero_exact), of.bias_bits)
-        return self.product(x, w, bias, GridCodes(x_grid, of.act_bits), **self.maps)
+        return self.product(x, w, bias, GridCodes(x_grid, of.act_bits), w_grid.step, **self.maps)
 
     def _weight_grid(self) -> Grid:
         return grid(*row_limits(self.weight), self.settings.weight_bits, self.settings.zero_exact)
+
+    def backward_in_bf16_(self) -> bool:
+        """Codes of at most 8 bits lose nothing in bfloat16, if their zero is one of them."""
+        of = self.settings
+        whole = of.zero_exact and max(of.weight_bits, of.act_bits) <= 8
+        if whole:
+            self.geometry = replace(self.geometry, bf16=True)
+        return whole
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:

@@ -6,8 +6,7 @@ Whatever computed the product forward, on packed bits or in floats, its gradient
 
     table lookups    float32 on a CPU with AVX-512: nothing is multiplied (`quant.kernels.gradients`)
     floats           everything else
-    bfloat16         where the layer's geometry says `bf16`: g alpha and g are rounded to 8 bits of mantissa, signs need no
-                     rounding, sums are float32 (some processors without AVX-512 round them), the results are rounded once
+    bfloat16         where the layer's geometry says `bf16`: `matmul.rounded_products`
 """
 
 from typing import Protocol
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from quant import kernels, matmul
 from quant.functional import sign
+from quant.matmul import Scaled, rounded_products
 
 Shape = matmul.Conv | matmul.Linear
 
@@ -78,11 +78,6 @@ def _looked_up(
 def _rounded(
     g: Tensor, w: Tensor, alpha: Tensor, signs: Signs | None, size: torch.Size, shape: Shape, need_x: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    low, dx, dw = torch.bfloat16, None, None
-    s = sign(w).to(low)
-    if need_x:
-        scaled = (g * alpha.view(-1, *[1] * (w.dim() - 2))).to(low)
-        dx = shape.backward(scaled, scaled.new_empty(()).expand(size), s, True, False)[0]
-    if signs is not None:
-        dw = shape.backward(g.to(low), signs.floats(low), s, False, True)[1]
-    return None if dx is None else dx.to(g.dtype), None if dw is None else dw.to(g.dtype)
+    low = torch.bfloat16
+    x = None if signs is None else Scaled(signs.floats(low), g.new_ones(()))
+    return rounded_products(g, g, x, Scaled(sign(w).to(low), alpha), size, shape, need_x)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from quant import fused
 from quant.functional import stochastic_round, straight_through
+from quant.matmul import Scaled
 
 
 class Grid(NamedTuple):
@@ -159,6 +160,11 @@ class GridCodes:
     def decode(self, *saved: Tensor) -> Tensor:
         codes, step, offset = saved
         return decode(codes, Grid(step, offset, self.grid.zero_exact))
+
+    def numbers(self, *saved: Tensor) -> Scaled:
+        """code - zero and the step, of at most 8 bits and with an exact zero."""
+        codes, step, zero = saved
+        return Scaled(codes.to(torch.bfloat16) - zero.to(torch.bfloat16), step)
 
 
 @dataclass(frozen=True)

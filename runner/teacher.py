@@ -10,7 +10,12 @@ from runner.faults import BadData
 from runner.schema import RunConfig
 from runner.weights import load_exactly, read_weights
 
-ITS_OWN = ("model", "quant", "classifier", "regime")  # what a stored config says of the network, and how that was driven
+ITS_OWN = (
+    "model",
+    "quant",
+    "classifier",
+    "regime",
+)  # what a stored config says of the network, and how that was driven
 
 
 def teacher_of(config: RunConfig, *, in_channels: int, num_classes: int, image_size: int) -> nn.Module | None:

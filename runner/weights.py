@@ -168,7 +168,8 @@ def _by_ending(names: Sequence[str]) -> str:
     for name in names:
         groups.setdefault(name.rpartition(".")[2], []).append(name)
     return ", ".join(
-        ", ".join(group) if len(group) <= FEW else f"{len(group)} *.{last} ({group[0]}, ...)" for last, group in groups.items()
+        ", ".join(group) if len(group) <= FEW else f"{len(group)} *.{last} ({group[0]}, ...)"
+        for last, group in groups.items()
     )
 
 

@@ -106,7 +106,9 @@ def test_a_binary_network_learns_from_a_float_teacher(tmp_path: Path) -> None:
     trial = ["dataset.limit=64", "epochs=1", "name=x"]
     assert runner("quant=none", *trial, folder=tmp_path / "float").returncode == 0
     teacher = only_run(tmp_path / "float")
-    driven = "regime.phases.0.quant={tau: {schedule: linear, from: 0.85, to: 0.99}}"  # which the teacher knows nothing of
+    driven = (
+        "regime.phases.0.quant={tau: {schedule: linear, from: 0.85, to: 0.99}}"  # which the teacher knows nothing of
+    )
     ways = {"alone": [], "taught": [f"distill={teacher}", "quant.tau=0.85", driven], "mixed": ["trainer.mixup=0.5"]}
     for folder, words in ways.items():
         done = runner(*words, *trial, folder=tmp_path / folder)

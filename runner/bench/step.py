@@ -32,7 +32,9 @@ BESIDE = (  # measured unasked, besides every quantizer as it ships
     "quant=actgrad quant.bits=2 quant.norm=quantized",
     "quant=lsq quant.norm_input=kept",
     "quant=lsq trainer.channels_last=true",
+    "quant=lsq trainer.backward=bf16",
     "quant=lsq trainer.backward=bf16 trainer.channels_last=true",
+    "quant=8bit-rangebn trainer.backward=bf16",
     "quant=none trainer.channels_last=true",
 )
 COMPILED = ("quant=none trainer.compile=true", "quant=lsq trainer.compile=true")  # the same, where there is a compiler
