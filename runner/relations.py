@@ -50,6 +50,7 @@ def _recompute_faults(parts: Mapping[str, Any]) -> Iterable[Fault]:
 def phase_faults(section: str, phases: Sequence[Phase]) -> Iterable[Fault]:
     """What is wrong with the phases of a regime."""
     yield from _order_faults(section, phases)
+    yield from _null_faults(section, phases)
     said: dict[str, Any] = {}
     for index, phase in enumerate(phases):
         path = f"{section}.phases.{index}"
@@ -77,8 +78,18 @@ def _argument_faults(path: str, own: Mapping[str, Any], said: Mapping[str, Any])
 def data_phase_faults(section: str, phases: Sequence[DataPhase]) -> Iterable[Fault]:
     """What is wrong with the phases of a data regime."""
     yield from _order_faults(section, phases)
+    yield from _null_faults(section, phases)
     if phases[0].batch_size is None:
         yield Fault(f"{section}.phases.0", "the first phase needs a batch_size")
+
+
+def _null_faults(section: str, phases: Sequence[Phase | DataPhase]) -> Iterable[Fault]:
+    """Keys that a later phase sets to nothing, which reads as if it went back to a default."""
+    for index, phase in enumerate(phases[1:], start=1):
+        for key in sorted(phase.model_fields_set - {"epoch", "step"}):
+            if getattr(phase, key) is None:
+                why = "null changes nothing: a phase keeps what the one before it said; accepted: a value, or no such key"
+                yield Fault(f"{section}.phases.{index}.{key}", why)
 
 
 def _order_faults(section: str, phases: Sequence[Phase | DataPhase]) -> Iterable[Fault]:

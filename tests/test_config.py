@@ -171,6 +171,16 @@ def test_what_is_wrong_already_is_not_judged_again() -> None:
     assert [fault.path for fault in caught.value.faults] == ["seed"]
 
 
+def test_nothing_said_by_a_later_phase_is_no_way_back() -> None:
+    sizes = [{"epoch": 0, "batch_size": 8, "input_size": 16}, {"epoch": 3, "batch_size": None, "input_size": None}]
+    first, *_ = BASE["regime"]["phases"]
+    said = faults(changed(data_regime__phases=sizes, regime__phases=[first, {"epoch": 1, "weight_decay": None}]))
+    assert said.keys() == {
+        "data_regime.phases.1.batch_size", "data_regime.phases.1.input_size", "regime.phases.1.weight_decay"
+    }  # fmt: skip
+    assert all("a phase keeps what the one before it said" in why for why in said.values())
+
+
 def test_a_batch_larger_than_the_data_set_is_refused_whoever_made_it_so() -> None:
     for raw in (changed(batch_size=1151), changed(dataset__limit=20), changed(data_regime__phases__0__batch_size=2000)):
         assert "more than the" in faults(raw)["data_regime.phases.0.batch_size"]
