@@ -80,10 +80,11 @@ class Run:
             "num_classes": len(self.data.classes),
             "image_size": self.data.image_size,
         }
-        teacher = teacher_of(config, **shape)
-        if teacher is not None:
-            self.environment["teacher"] = fingerprint(teacher.state_dict())
-        self.objective = Objective(config.trainer, teacher.to(device) if teacher else None)
+        self.teacher = teacher_of(config, **shape)
+        if self.teacher is not None:
+            self.environment["teacher"] = fingerprint(self.teacher.state_dict())
+        answers = None if self.teacher is None else accelerate(self.teacher.to(device), config.trainer, device)
+        self.objective = Objective(config.trainer, answers)
         built = build(config, **shape)
         self.model: nn.Module = built.model.to(device)
         self.rows: list[LayerRow] = built.rows

@@ -69,6 +69,19 @@ def test_a_recipe_trains_to_its_end(tmp_path: Path) -> None:
     )
 
 
+def test_recipes_build_on_one_another_as_their_commands_say(tmp_path: Path) -> None:
+    def trained(name: str, *words: str) -> str:
+        data = ["dataset=synthetic", "dataset.size=32", "dataset.samples=24", "batch_size=4", "trainer.max_steps=1"]
+        quiet = ["trainer.threads=1", "trainer.progress=none", "trainer.dashboard=none", f"outputs={tmp_path}"]
+        return str(train(config_from([f"experiment=resnet18_cifar10_{name}", *data, *quiet, *words])))
+
+    teacher = trained("float")
+    stage1 = trained("binary_stage1", f"distill={teacher}")
+    trained("binary", f"distill={teacher}", f"pretrained={stage1}", "lr=0.02")
+    trained("lsq2", f"pretrained={teacher}")
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+
+
 def config_of(name: str) -> RunConfig:
     return config_from([f"experiment={name}", "dataset=synthetic", "trainer.threads=1"])
 

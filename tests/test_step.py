@@ -172,11 +172,21 @@ def test_a_teacher_never_trains(watch: Callable[..., Seen], tmp_path: Path) -> N
     watch("trainer.max_steps=3", "name=teacher")
     (folder,) = (tmp_path / "runs").iterdir()
     taught = watch(f"distill={folder}", "trainer.max_steps=2", "name=pupil")
-    teacher = taught.run.objective.teacher
+    teacher = taught.run.teacher
     assert not any(module.training for module in teacher.modules())
     stored = read_weights(folder).tensors
     assert all(torch.equal(value, stored[name]) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_is_as_fast_as_its_pupil(watch: Callable[..., Seen], tmp_path: Path) -> None:
+    watch("trainer.max_steps=1", "name=teacher")
+    (folder,) = (tmp_path / "runs").iterdir()
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runner.run.accelerate", lambda model, *rest: asked.append(model) or accelerate(model, *rest))
+        taught = watch(f"distill={folder}", "trainer.max_steps=1", "trainer.amp=bf16", "name=pupil")
+    assert any(model is taught.run.teacher for model in asked)
 
 
 def test_the_weights_of_the_best_epoch_are_tested_and_kept(
