@@ -66,7 +66,8 @@ class _Product(torch.autograd.Function):
         code_x, bad_x = elementwise.encode(x, step_x, of_x.low, of_x.high)
         code_w, bad_w = elementwise.encode(w, step_w, of_w.low, of_w.high)
         ctx.layout, ctx.width = Layout.of(x), next(width for width in WIDTHS if width >= of_x.bits)
-        kept = pack(ctx.layout.flat(code_x), ctx.width) if ctx.needs_input_grad[2] else None
+        ctx.needs_codes = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        kept = pack(ctx.layout.flat(code_x), ctx.width) if ctx.needs_codes else None
         ctx.save_for_backward(x, step_x, w, step_w, kept)
         ctx.of, ctx.shape, ctx.kernel = (of_x, of_w), shape, kernel
         ctx.bias = bias
@@ -77,8 +78,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, step_x, w, step_w, _ = _saved(ctx)
         (of_x, of_w), need = ctx.of, ctx.needs_input_grad
-        need_x, need_w = need[0] or need[1], need[2] or need[3]
-        dx, dw = _in_bf16(ctx, g, need_x) if ctx.shape.bf16 else _in_float32(ctx, g, need_x, need_w)
+        dx, dw = (_in_bf16 if ctx.shape.bf16 else _in_float32)(ctx, g, need[0] or need[1])
         ctx.codes = ctx.unpacked = None
         dx, dstep_x = _gradients(x, dx, step_x, of_x)
         dw, dstep_w = _gradients(w, dw, step_w, of_w)
@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def can_again(ctx: Any) -> bool:
-        return bool(ctx.needs_input_grad[2])
+        return bool(ctx.needs_codes)
 
     @staticmethod
     def again(ctx: Any) -> Tensor:
@@ -125,7 +125,7 @@ def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
 
 
-def _in_float32(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
+def _in_float32(ctx: Any, g: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor | None]:
     """dx_q and dw_q in float32."""
     from quant.kernels import elementwise
 
@@ -136,7 +136,7 @@ def _in_float32(ctx: Any, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor
     x_q = g.new_empty(()).expand(x.shape) if code_x is None else elementwise.decode(code_x, -of_x.low, step_x)
     del code_x
     products: tuple[Tensor | None, Tensor | None] = ctx.shape.backward(
-        g, x_q, elementwise.decode(code_w, -of_w.low, step_w), need_x, need_w
+        g, x_q, elementwise.decode(code_w, -of_w.low, step_w), need_x, ctx.needs_codes
     )
     return products
 

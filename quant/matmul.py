@@ -161,22 +161,24 @@ class _Matmul(torch.autograd.Function):
         w, unit, *saved = ctx.saved_tensors
         size, dtype = ctx.x
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        grad_input, grad_weight = ctx.maps
-        db = bias_gradient(g, ctx.shape) if need_b else None
+        g_input, g_weight = (rounded(g) if rounded else g for rounded in ctx.maps)
         if ctx.shape.bf16 and unit is not None:
-            numbers = ctx.codec.numbers(*saved) if need_w else None
-            g_input, g_weight = (made(g) if made else g for made in ctx.maps)
-            scaled = Scaled((w / unit).to(torch.bfloat16), unit)
-            dx, dw = rounded_products(g_input, g_weight, numbers, scaled, size, ctx.shape, need_x)
-            return dx if dx is None else dx.to(dtype), dw, db, *UNTOUCHED
-        x = ctx.codec.decode(*saved).to(g.dtype) if need_w else g.new_empty(()).expand(size)
-        w = w.to(g.dtype)
-        if grad_input is None and grad_weight is None:  # one call for both products lets the library share its work
-            dx, dw = ctx.shape.backward(g, x, w, need_x, need_w)
+            x = ctx.codec.numbers(*saved) if need_w else None
+            w = Scaled((w / unit).to(torch.bfloat16), unit)
+            dx, dw = rounded_products(g_input, g_weight, x, w, size, ctx.shape, need_x)
         else:
-            dx = ctx.shape.backward(grad_input(g) if grad_input else g, x, w, need_x, False)[0]
-            dw = ctx.shape.backward(grad_weight(g) if grad_weight else g, x, w, False, need_w)[1]
-        return dx.to(dtype) if need_x else None, dw, db, *UNTOUCHED
+            x = ctx.codec.decode(*saved).to(g.dtype) if need_w else g.new_empty(()).expand(size)
+            dx, dw = _products(g_input, g_weight, x, w.to(g.dtype), ctx.shape, need_x, need_w)
+        db = bias_gradient(g, ctx.shape) if need_b else None
+        return dx.to(dtype) if dx is not None else None, dw, db, *UNTOUCHED
+
+
+def _products(
+    g_input: Tensor, g_weight: Tensor, x: Tensor, w: Tensor, shape: Conv | Linear, need_x: bool, need_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if g_input is g_weight:  # one call for both lets the library share its work
+        return shape.backward(g_input, x, w, need_x, need_w)
+    return shape.backward(g_input, x, w, need_x, False)[0], shape.backward(g_weight, x, w, False, need_w)[1]
 
 
 def bias_gradient(g: Tensor, shape: Conv | Linear) -> Tensor:

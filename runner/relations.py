@@ -88,7 +88,9 @@ def _null_faults(section: str, phases: Sequence[Phase | DataPhase]) -> Iterable[
     for index, phase in enumerate(phases[1:], start=1):
         for key in sorted(phase.model_fields_set - {"epoch", "step"}):
             if getattr(phase, key) is None:
-                why = "null changes nothing: a phase keeps what the one before it said; accepted: a value, or no such key"
+                why = (
+                    "null changes nothing: a phase keeps what the one before it said; accepted: a value, or no such key"
+                )
                 yield Fault(f"{section}.phases.{index}.{key}", why)
 
 

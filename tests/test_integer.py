@@ -106,6 +106,21 @@ def test_autocast_leaves_the_product_as_exact_as_it_is(dtype: torch.dtype) -> No
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_steps_of_frozen_weights_learn(rounded: bool) -> None:
+    torch.manual_seed(0)
+    x, found = torch.rand(4, 8, 15, 14), []
+    for frozen in (False, True):
+        layer = layer_of("auto", x)
+        layer.weight.requires_grad_(not frozen)
+        assert not rounded or layer.backward_in_bf16_()
+        found.append(result_and_gradients(layer, x, torch.ones_like(layer(x))))
+    (y, dx, dw, *others), (frozen_y, frozen_dx, frozen_dw, *frozen_others) = found
+    assert dw is not None
+    assert frozen_dw is None
+    assert all(map(torch.equal, [y, dx, *others], [frozen_y, frozen_dx, *frozen_others]))
+
+
 @pytest.mark.parametrize("where", ["input", "weight"])
 def test_what_is_no_number_reaches_the_loss(where: str) -> None:
     layer, x = Lsq().layer(nn.Conv2d(8, 8, 3, padding=1)), torch.rand(4, 8, 32, 32)
