@@ -61,16 +61,22 @@ def _trained_otherwise_(model: nn.Module, config: RunConfig) -> list[str]:
     """Set what `trainer.backward` and `trainer.recompute` ask for; what is to be said about it."""
     remarks, trainer = [], config.trainer
     if trainer.backward == "bf16":
-        layers = quantized_layers(model)
-        done = [name for name, layer in layers.items() if layer.backward_in_bf16_()]
+        layers = [layer for layer in quantized_layers(model).values() if _multiplies(layer)]
+        done = [layer for layer in layers if layer.backward_in_bf16_()]
         if not done:
             why = f"{config.quant.name} has no layer whose operands bfloat16 holds exactly; accepted: exact"
             raise ConfigError([Fault("trainer.backward", why)])
-        remarks.append(f"gradients rounded to bfloat16 in front of {len(done)} of {len(layers)} quantized layers")
+        remarks.append(f"gradients rounded to bfloat16 in front of {len(done)} of {len(layers)} quantized products")
     if trainer.recompute != "none":
         parts = asking("trainer", recompute_, model, trainer.recompute)
         remarks.append(f"computed again in backward: {', '.join(parts)}")
     return remarks
+
+
+def _multiplies(layer: nn.Module) -> bool:
+    """Whether its weight is a matrix or a filter: a batch norm has no product."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.dim() > 1
 
 
 def quantizer_of(config: QuantConfig) -> Any:

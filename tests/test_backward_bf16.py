@@ -104,6 +104,12 @@ def test_layers_whose_operands_it_would_round_stay_exact(name: str, method: Any)
     assert not method.layer(nn.Linear(4, 2)).backward_in_bf16_()
 
 
+def test_a_network_says_how_many_of_its_products_are_rounded() -> None:
+    config = config_from(["dataset=synthetic", "quant=lsq", "trainer.backward=bf16", "model=resnet18"])
+    built = build(config, in_channels=3, num_classes=10, image_size=32)
+    assert "gradients rounded to bfloat16 in front of 21 of 21 quantized products" in built.remarks
+
+
 def test_a_network_without_such_a_layer_is_refused() -> None:
     config = config_from(["dataset=synthetic", "quant=actgrad", "trainer.backward=bf16"])
     with pytest.raises(
