@@ -73,7 +73,7 @@ def _trained_otherwise_(model: nn.Module, config: RunConfig) -> list[str]:
     return remarks
 
 
-def _multiplies(layer: nn.Module) -> bool:
+def _multiplies(layer: object) -> bool:
     """Whether its weight is a matrix or a filter: a batch norm has no product."""
     weight = getattr(layer, "weight", None)
     return weight is not None and weight.dim() > 1
