@@ -52,7 +52,7 @@ class _QuantizedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         ctx.bits = bits
-        return x.view_as(x)
+        return x.clone()  # no view: what follows may work in place
 
     @staticmethod
     @once_differentiable

@@ -68,15 +68,16 @@ class _Product(torch.autograd.Function):
         ctx.layout, ctx.width = Layout.of(x), next(width for width in WIDTHS if width >= of_x.bits)
         ctx.needs_codes = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         kept = pack(ctx.layout.flat(code_x), ctx.width) if ctx.needs_codes else None
-        ctx.save_for_backward(x, step_x, w, step_w, kept)
+        ctx.save_for_backward(x, step_x, w, step_w, bias, kept)
         ctx.of, ctx.shape, ctx.kernel = (of_x, of_w), shape, kernel
-        ctx.bias = bias
-        return _product(ctx, code_x, code_w, step_x * step_w + (bad_x + bad_w), bias)
+        y = _product(ctx, code_x, code_w, step_x * step_w + (bad_x + bad_w), bias)
+        ctx.version = y._version
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, step_x, w, step_w, _ = _saved(ctx)
+        x, step_x, w, step_w, *_ = _saved(ctx)
         (of_x, of_w), need = ctx.of, ctx.needs_input_grad
         dx, dw = (_in_bf16 if ctx.shape.bf16 else _in_float32)(ctx, g, need[0] or need[1])
         ctx.codes = ctx.unpacked = None
@@ -86,16 +87,17 @@ class _Product(torch.autograd.Function):
         return dx, dstep_x, dw, dstep_w, db, None, None, None, None
 
     @staticmethod
-    def can_again(ctx: Any) -> bool:
-        return bool(ctx.needs_codes)
+    def can_again(ctx: Any, y: Tensor) -> bool:
+        """Whether y is still the result of forward, and its codes are kept."""
+        return bool(ctx.needs_codes) and y._version == ctx.version
 
     @staticmethod
     def again(ctx: Any) -> Tensor:
         """The result of forward, from what is kept for backward: the same to the last bit."""
-        _, step_x, _, step_w, _ = _saved(ctx)
+        _, step_x, _, step_w, bias, _ = _saved(ctx)
         ctx.codes = code_x, code_w = _codes(ctx)
         assert code_x is not None
-        return _product(ctx, code_x, code_w, step_x * step_w, ctx.bias)
+        return _product(ctx, code_x, code_w, step_x * step_w, bias)
 
 
 def _product(ctx: Any, code_x: Tensor, code_w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,7 +122,7 @@ def _codes(ctx: Any) -> tuple[Tensor | None, Tensor]:
     if getattr(ctx, "codes", None) is not None:
         found: tuple[Tensor | None, Tensor] = ctx.codes
         return found
-    _, _, w, step_w, kept = _saved(ctx)
+    _, _, w, step_w, _, kept = _saved(ctx)
     code_x = None if kept is None else ctx.layout.restore(unpack(kept, ctx.width, (ctx.layout.count,)))
     return code_x, elementwise.encode(w, step_w, ctx.of[1].low, ctx.of[1].high)[0]
 
@@ -129,7 +131,7 @@ def _in_float32(ctx: Any, g: Tensor, need_x: bool) -> tuple[Tensor | None, Tenso
     """dx_q and dw_q in float32."""
     from quant.kernels import elementwise
 
-    x, step_x, _, step_w, _ = _saved(ctx)
+    x, step_x, _, step_w, *_ = _saved(ctx)
     of_x, of_w = ctx.of
     code_x, code_w = _codes(ctx)
     ctx.codes = None  # floats take the place of the bytes before the products take memory
@@ -143,7 +145,7 @@ def _in_float32(ctx: Any, g: Tensor, need_x: bool) -> tuple[Tensor | None, Tenso
 
 def _in_bf16(ctx: Any, g: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor | None]:
     """The same in bfloat16."""
-    x, step_x, _, step_w, _ = _saved(ctx)
+    x, step_x, _, step_w, *_ = _saved(ctx)
     (of_x, of_w), low = ctx.of, torch.bfloat16
     code_x, code_w = _codes(ctx)
     ctx.codes = None

@@ -88,6 +88,9 @@ class Conv:
     def backward(
         self, g: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
     ) -> tuple[Tensor | None, Tensor | None]:
+        if g.dim() == 3:  # one image, without a batch around it
+            dx, dw = self.backward(g.unsqueeze(0), x.unsqueeze(0), w, need_x, need_w)
+            return None if dx is None else dx.squeeze(0), dw
         dx, dw, _ = torch.ops.aten.convolution_backward(
             g, x, w, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, [need_x, need_w, False]
         )
@@ -127,7 +130,7 @@ def rounded_products(
         scaled = rounded if g_input is g_weight else g_input.to(low)
         dx = shape.backward(scaled, scaled.new_empty(()).expand(size), w.numbers, True, False)[0]
         assert dx is not None
-        dx = dx.to(g_input.dtype).mul_(w.unit) if one else dx.to(g_input.dtype)
+        dx = dx.to(g_input.dtype).mul_(w.unit.reshape(())) if one else dx.to(g_input.dtype)
     if x is not None:
         dw = shape.backward(rounded, x.numbers, w.numbers, False, True)[1]
         assert dw is not None
@@ -183,7 +186,7 @@ def _products(
 
 def bias_gradient(g: Tensor, shape: Conv | Linear) -> Tensor:
     """The gradient of the bias: the sum over everything but the channels."""
-    channel = 1 if isinstance(shape, Conv) else g.dim() - 1
+    channel = g.dim() - (3 if isinstance(shape, Conv) else 1)
     others = [d for d in range(g.dim()) if d != channel]
     return g.sum(others) if others else g  # of no dimensions torch would sum all
 

@@ -114,16 +114,21 @@ def _with_runs(kind: type[nn.Sequential]) -> type:
     """A subclass of a sequence that keeps the inputs of its runs only (`recomputed_runs`)."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return super(made, self).forward(x)  # type: ignore[no-any-return]
         layers, ends = list(self), dict(self.recomputed_runs)
         at = 0
         while at < len(layers):
             last = ends.get(at, at + 1)
-            part = layers[at] if last == at + 1 else nn.Sequential(*layers[at:last]).train(self.training)
+            part = (
+                layers[at] if last == at + 1 else nn.Sequential(*layers[at:last])
+            )  # a new one trains, its layers as they are
             x = _twice(part, part, x) if at in ends else part(x)
             at = last
         return x
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__})
+    made: Any = type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__})
+    return made  # type: ignore[no-any-return]
 
 
 def _twice(module: nn.Module, run: Callable[..., Any], *inputs: Any) -> Any:

@@ -19,12 +19,12 @@ aten = torch.ops.aten
 def source_of(x: Tensor) -> Any:
     """The node of the graph that computed x and can do so again until its own backward has run; None where it cannot.
 
-    Such a node belongs to an autograd function with the static methods `can_again(ctx)` and `again(ctx)`: a method bound to the
-    node itself would be a circle, which Python frees late.
+    Such a node belongs to an autograd function with the static methods `can_again(ctx, x)` and `again(ctx)`: a method bound to
+    the node itself would be a circle, which Python frees late.
     """
     node: Any = None if torch.compiler.is_compiling() else x.grad_fn
     function: Any = getattr(node, "_forward_cls", None)
-    return node if hasattr(function, "again") and function.can_again(node) else None
+    return node if hasattr(function, "again") and function.can_again(node, x) else None
 
 
 class _Norm(torch.autograd.Function):
@@ -62,7 +62,8 @@ class RecomputedBatchNorm2d(QuantizedLayer, nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         source = source_of(x) if self.training and torch.is_grad_enabled() else None
-        if source is None or self.momentum is None or x.numel() == x.shape[1]:
+        usual = self.momentum is None or x.numel() == x.shape[1] or x.shape[1] != self.num_features
+        if source is None or usual:
             return super().forward(x)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

@@ -8,7 +8,7 @@
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -59,10 +59,10 @@ def quantize_(model: nn.Module, quantizer: Quantizer, rules: Iterable[Rule] = ()
     """
     rules = list(rules)
     names = {module: name for name, module in model.named_modules() if name}
-    _refuse_idle_rules(rules, names)
+    handled = MATMUL + quantizer.handles
+    _refuse_idle_rules(rules, names, handled)
     rows: list[LayerRow] = []
     for module, name in names.items():
-        handled = MATMUL + quantizer.handles
         if not isinstance(module, handled) or _inside(name, rows):
             continue
         new, why = _decide(module, name, quantizer, rules, names)
@@ -73,21 +73,37 @@ def quantize_(model: nn.Module, quantizer: Quantizer, rules: Iterable[Rule] = ()
     return rows
 
 
-def calibrate_(model: nn.Module, images: Tensor) -> None:
-    """One forward pass in which every layer sets its steps and ranges from the input that it will really see.
+def calibrate_(model: nn.Module, images: Tensor, done: Collection[str] = ()) -> None:
+    """One forward pass in which every layer sets its steps and ranges from the first input that it sees.
 
-    Raises ValueError, naming the layer, where that input does not fit the layer's settings.
+    `done`: names of layers that have theirs already. Raises ValueError, naming the layer, where that input does not fit the
+    layer's settings, and where a quantized weight belongs to a layer that is never called.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    seen: set[str] = set()
 
     def calibrate(layer: QuantizedLayer, x: Tensor) -> None:
-        try:
-            layer.calibrate_(x)
-        except ValueError as error:
-            raise ValueError(f"layer {names[layer]!r}: {error}") from error
+        name = names[layer]
+        if name not in seen and name not in done:
+            try:
+                layer.calibrate_(x)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
+        seen.add(name)
 
     with torch.no_grad(), _before_each(model, calibrate):
         model(images)
+    if idle := [name for name, layer in quantized_layers(model).items() if name not in seen and multiplies(layer)]:
+        raise ValueError(
+            f"{', '.join(idle)}: not called in a forward pass (the layer around may use the weight itself), so that nothing "
+            "of it is quantized; leave it in float by a rule with keep: true"
+        )
+
+
+def multiplies(layer: object) -> bool:
+    """Whether its weight is a matrix or a filter: a batch norm has no product."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.dim() > 1
 
 
 def health(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
@@ -108,11 +124,15 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def _refuse_idle_rules(rules: Iterable[Rule], names: Mapping[nn.Module, str]) -> None:
+def _refuse_idle_rules(
+    rules: Iterable[Rule], names: Mapping[nn.Module, str], handled: tuple[type[nn.Module], ...]
+) -> None:
+    candidates = {m: n for m, n in names.items() if isinstance(m, handled)}
     for rule in rules:
-        if not rule.optional and not any(_matches(rule, m, n, names) for m, n in names.items()):
-            near = [hit for p in rule.match for hit in difflib.get_close_matches(p, names.values(), n=2)]
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        if not rule.optional and not any(_matches(rule, m, n, names) for m, n in candidates.items()):
+            near = [hit for p in rule.match for hit in difflib.get_close_matches(p, candidates.values(), n=2)]
+            within = [f"{p}.*" for p in rule.match if any(name.startswith(f"{p}.") for name in candidates.values())]
+            hint = f" Did you mean {' or '.join(within or near)}?" if within or near else ""
             layers = ", ".join(n for m, n in names.items() if isinstance(m, MATMUL))
             raise ValueError(
                 f"rule {list(rule.match)} matches no layer.{hint} Layers: {layers}; also: first, last, a class name"

@@ -16,7 +16,7 @@ from quant.classifier import find as find_classifier
 from quant.recompute import recompute_
 from quant.regularizer import Penalty, Regularizer
 from quant.regularizer import find as find_regularizer
-from quant.surgery import LayerRow, Rule, quantize_, quantized_layers
+from quant.surgery import LayerRow, Rule, multiplies, quantize_, quantized_layers
 from runner.config import with_batch_size, with_peak
 from runner.faults import BadData, ConfigError, Fault, refuse
 from runner.relations import data_phase_faults, phase_faults
@@ -61,7 +61,7 @@ def _trained_otherwise_(model: nn.Module, config: RunConfig) -> list[str]:
     """Set what `trainer.backward` and `trainer.recompute` ask for; what is to be said about it."""
     remarks, trainer = [], config.trainer
     if trainer.backward == "bf16":
-        layers = [layer for layer in quantized_layers(model).values() if _multiplies(layer)]
+        layers = [layer for layer in quantized_layers(model).values() if multiplies(layer)]
         done = [layer for layer in layers if layer.backward_in_bf16_()]
         if not done:
             why = f"{config.quant.name} has no layer whose operands bfloat16 holds exactly; accepted: exact"
@@ -71,12 +71,6 @@ def _trained_otherwise_(model: nn.Module, config: RunConfig) -> list[str]:
         parts = asking("trainer", recompute_, model, trainer.recompute)
         remarks.append(f"computed again in backward: {', '.join(parts)}")
     return remarks
-
-
-def _multiplies(layer: object) -> bool:
-    """Whether its weight is a matrix or a filter: a batch norm has no product."""
-    weight = getattr(layer, "weight", None)
-    return weight is not None and weight.dim() > 1
 
 
 def quantizer_of(config: QuantConfig) -> Any:

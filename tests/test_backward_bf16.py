@@ -89,6 +89,17 @@ def test_the_rounded_gradient_is_the_same_from_bits_and_from_floats(module: nn.M
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"8bit-rangebn"}))  # whose ranges are those of samples
+def test_one_image_without_a_batch_around_it(method: str) -> None:
+    """In float32 and in bfloat16, and vectors of one answer likewise."""
+    for module, x in ((nn.Conv2d(4, 6, 3), torch.rand(4, 7, 7)), (nn.Linear(7, 1), torch.rand(7))):
+        for layer in pair(module, method, x.unsqueeze(0)):
+            g = torch.randn(layer(x).shape)
+            alone, batched = gradients(layer, x, g), gradients(layer, x.unsqueeze(0), g.unsqueeze(0))
+            torch.testing.assert_close(alone["input"], batched["input"].squeeze(0), rtol=2**-7, atol=1e-6)
+            torch.testing.assert_close(alone["weight"], batched["weight"], rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [

@@ -160,3 +160,10 @@ def test_compiles_to_one_graph() -> None:
 def test_other_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="dorefa rewrites Conv2d and Linear"):
         Dorefa().layer(nn.ReLU())
+
+
+def test_what_follows_may_work_in_place() -> None:
+    layer = Dorefa(grad_bits=6).layer(nn.Conv2d(3, 4, 3))
+    x = torch.rand(2, 3, 6, 6, requires_grad=True)
+    F.relu(layer(x), inplace=True).sum().backward()
+    assert x.grad is not None

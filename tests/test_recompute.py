@@ -161,3 +161,13 @@ def test_a_run_is_the_same_run(runner: Runner, tmp_path: Path) -> None:
     hashes = {config_hash(config_from([*base, *more])) for more in ([], ["trainer.recompute=blocks"])}
     assert len(hashes) == 1
     assert config_hash(config_from([*base, "trainer.backward=bf16"])) not in hashes
+
+
+def test_layers_keep_their_own_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    recompute_(model, "blocks")
+    model.train()
+    model[1].eval()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert not model[1].training
+    assert int(model[1].num_batches_tracked) == 0

@@ -78,10 +78,33 @@ def test_backward_twice() -> None:
     assert all(map(torch.equal, first, torch.autograd.grad(loss, list(model.parameters()))))
 
 
-def test_a_weight_changed_before_backward_is_noticed() -> None:
+@pytest.mark.parametrize("index", [0, 1], ids=["weight", "bias"])
+def test_a_parameter_changed_before_backward_is_noticed(index: int) -> None:
     model = network()
     loss = model(images()).sum()
     with torch.no_grad():
-        next(model.parameters()).mul_(2)
+        list(model.parameters())[index].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_what_was_changed_behind_the_convolution_is_not_computed_again() -> None:
+    found = []
+    for norm in ("kept", "recomputed"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+        quantize_(model, Lsq(norm_input=norm), [])
+        calibrate_(model, images())
+        y = model[0](images())
+        with torch.no_grad():
+            y.clamp_(-0.1, 0.1)
+        (model[1](y) * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        found.append(model[1].weight.grad)
+    assert torch.equal(*found)
+
+
+def test_a_norm_of_another_width_is_torchs_error() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(4))
+    quantize_(model, Lsq(), [])
+    with pytest.raises(RuntimeError, match="running_mean should contain 8 elements not 4"):
+        model(images())

@@ -98,3 +98,47 @@ def test_calibration_shows_every_layer_the_input_it_will_really_see() -> None:
         "2": {"clip_ratio": 1.0},
     }
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Twice(nn.Module):
+    """Calls a layer with a signed input, then with one that is not; and never calls another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(torch.relu(self.layer(x)))
+        return nn.functional.linear(y.mean((2, 3)), self.idle.weight)
+
+
+def test_a_layer_called_twice_is_calibrated_by_its_first_input() -> None:
+    model = Twice()
+    quantize_(model, find("lsq")(weight_bits=8, act_bits=8), [Rule(match=["idle"], keep=True)])
+    calibrate_(model, torch.randn(4, 4, 6, 6))
+    assert int(model.layer.act_quantizer.qn) == 128
+
+
+def test_a_layer_that_is_never_called_is_not_taken_for_quantized() -> None:
+    model = Twice()
+    quantize_(model, find("lsq")(), [])
+    with pytest.raises(ValueError, match=r"^idle: not called in a forward pass .* by a rule with keep: true"):
+        calibrate_(model, torch.randn(4, 4, 6, 6))
+
+
+def test_layers_that_are_calibrated_stay_as_they_are() -> None:
+    model = network()
+    quantize_(model, find("lsq")(), [])
+    calibrate_(model, torch.rand(2, 1, 6, 6))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calibrate_(model, 3 * torch.rand(2, 1, 6, 6), done=["0", "2"])
+    after = model.state_dict()
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"5"}
+
+
+def test_a_rule_for_a_part_of_the_network_says_how_to_name_its_layers() -> None:
+    model = nn.Sequential()
+    model.add_module("layer1", nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"matches no layer. Did you mean layer1\.\*\?"):
+        quantize_(model, find("xnor")(), [Rule(match=["layer1"], keep=True)])
