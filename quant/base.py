@@ -52,6 +52,10 @@ class QuantizedLayer:
     def calibrate_(self, x: Tensor) -> None:
         """Set steps and ranges from `x`, the first input that this layer sees. Called once, before step 0 of a new run."""
 
+    def has_fitting_levels(self) -> bool:
+        """Whether the steps and ranges that were loaded into this layer are for the levels that it has."""
+        return True
+
     def backward_in_bf16_(self) -> bool:
         """From now on compute the products of backward in bfloat16. False where that would round more than the gradient."""
         return False

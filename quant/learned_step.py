@@ -253,6 +253,11 @@ class StepQuantizer(nn.Module):
     def _parameter_of(self, size: Tensor) -> Tensor:
         return size + torch.log(-torch.expm1(-size)) if self.settings.param == "softplus" else size
 
+    def has_fitting_levels(self) -> bool:
+        """Whether `qn` and `qp`, which a file may bring, are those of this number of bits."""
+        kinds: tuple[Range, ...] = ("unsigned", "signed") if self.settings.kind == "auto" else (self.settings.kind,)
+        return (int(self.qn), int(self.qp)) in [levels(kind, self.settings.bits) for kind in kinds]
+
     @torch.no_grad()
     def bound_(self) -> None:
         """After an update: take steps that have changed by more than a share `change` of themselves back to that."""

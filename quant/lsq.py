@@ -126,6 +126,9 @@ class _Learned(QuantizedLayer, Matrix):
         if self.act_quantizer is not None:
             self.act_quantizer.bound_()
 
+    def has_fitting_levels(self) -> bool:
+        return all(q is None or q.has_fitting_levels() for q in (self.weight_quantizer, self.act_quantizer))
+
     def weight_codes(self) -> Tensor:
         return self.weight_quantizer.codes(self.weight)
 
@@ -166,6 +169,9 @@ class LsqActivation(QuantizedLayer, nn.Module):
 
     def calibrate_(self, x: Tensor) -> None:
         self.act_quantizer.calibrate_(self.activation(x))
+
+    def has_fitting_levels(self) -> bool:
+        return self.act_quantizer.has_fitting_levels()
 
     def project_(self) -> None:
         self.act_quantizer.bound_()

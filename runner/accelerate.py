@@ -13,20 +13,25 @@ from torch import Tensor, nn
 from runner.faults import ConfigError, Fault, shortened
 from runner.schema import TrainerConfig
 
+Transform = Callable[[Tensor], Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def accelerate(model: nn.Module, config: TrainerConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+def accelerate(
+    model: nn.Module, config: TrainerConfig, device: torch.device, transform: Transform | None = None
+) -> Transform:
     """The forward pass as `trainer.amp`, `trainer.compile` and `trainer.channels_last` ask; the model itself stays what it is.
 
-    Raises ConfigError where `trainer.compile` is impossible on this machine.
+    `transform` (the model's own `input_transform`) sees the images first. Raises ConfigError where `trainer.compile` is
+    impossible on this machine.
     """
-    forward: Callable[[Tensor], Tensor] = _compiled(model, device) if config.compile else model
+    forward: Transform = _compiled(model, device) if config.compile else model
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
 
     def run(images: Tensor) -> Tensor:
+        images = transform(images) if transform else images
         with _autocast(config, device):
             return forward(images.contiguous(memory_format=layout) if config.channels_last else images).float()
 

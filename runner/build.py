@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from models.base import build as build_float_model
-from quant.base import find
+from quant.base import QuantizedLayer, find
 from quant.classifier import find as find_classifier
 from quant.recompute import recompute_
 from quant.regularizer import Penalty, Regularizer
@@ -33,6 +33,8 @@ class Built:
     model: nn.Module
     rows: list[LayerRow]
     remarks: list[str] = field(default_factory=list)
+    calibrated: list[str] = field(default_factory=list)
+    """Layers whose steps and ranges came with the pretrained weights."""
 
 
 def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: int) -> Built:
@@ -46,7 +48,7 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
     weights = read_weights(Path(config.pretrained)) if config.pretrained else None
     loaded = load_matching(model, weights.tensors) if weights else set()
     rows = asking("quant", quantize_, model, quantizer_of(config.quant), rules_of(config.quant))
-    remarks = _trained_otherwise_(model, config)
+    remarks, calibrated = _trained_otherwise_(model, config), []
     if weights:
         loaded |= load_matching(model, weights.tensors)
         if not loaded:
@@ -54,7 +56,17 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
             raise BadData(f"{config.pretrained}: none of its {count} tensors fits the network by name and shape")
         unused = sorted(weights.tensors.keys() - loaded)
         remarks += Match(loaded, sorted(model.state_dict().keys() - loaded), unused).lines()
-    return Built(model, rows, remarks)
+        calibrated = [name for name, layer in quantized_layers(model).items() if _has_come_whole(name, layer, loaded)]
+        if calibrated:
+            remarks.append(f"pretrained: steps and ranges of {len(calibrated)} layers are those of the file")
+    return Built(model, rows, remarks, calibrated)
+
+
+def _has_come_whole(name: str, layer: QuantizedLayer, loaded: set[str]) -> bool:
+    """Whether a layer that sets steps or ranges has been handed all its tensors, and they are of its own number of bits."""
+    sets = type(layer).calibrate_ is not QuantizedLayer.calibrate_
+    own = layer.state_dict().keys() if sets and isinstance(layer, nn.Module) else ()
+    return bool(own) and all(f"{name}.{key}" in loaded for key in own) and layer.has_fitting_levels()
 
 
 def _trained_otherwise_(model: nn.Module, config: RunConfig) -> list[str]:

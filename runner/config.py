@@ -263,16 +263,18 @@ MEANT = {  # by the kind of pydantic's error, or the model that was missed: the 
     "string_pattern_mismatch": "minutes, such as 10min",
     "Schedule": "a schedule, such as {schedule: cosine, from: 0.1, to: 0}",
 }
+OF_FILES = ("folder", "imagenet")  # data sets whose images may be streamed
 IRRELEVANT = {
     "": {"mode", "name", "outputs", "checkpoint", "epochs", "curve"},
     "regime": {"epochs"},  # trainer.epochs says it
     "trainer": {"checkpoint_every", "progress", "dashboard", "recompute"},
     "quant.arguments": {"kernel"},  # floats or packed bits: the same numbers
-    "dataset": {"cache", "workers", "memory"},
+    "dataset": {"cache", "workers"},
     "dataset.arguments": {"root", "download"},
 }
 AS_BEFORE: dict[str, dict[str, Any]] = {  # what every run did before there was a key to say so
     "trainer": {"backward": "exact", "sync_norm": True},
+    "dataset": {"memory": "auto"},  # streamed images are resized before they are cropped, those in memory after
     "quant.arguments": {"standardise": False, "tau": None, "binary_weights": True},
 }
 
@@ -286,6 +288,8 @@ def config_hash(config: RunConfig) -> str:
         place = _at(raw, path)
         for key in [key for key in before if key in place and place[key] == before[key]]:
             del place[key]
+    if config.dataset.name not in OF_FILES:
+        del raw["dataset"]["memory"]
     if config.dataset.name == "folder":
         raw["dataset"]["which"] = config.dataset.arguments.get("root")  # its place is all that tells it from another
     for path, keys in IRRELEVANT.items():

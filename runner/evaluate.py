@@ -22,6 +22,7 @@ from runner.screen import Screen
 from runner.train import evaluate
 from runner.weights import Weights, load_exactly, read_weights
 
+PLAIN = {"amp": "none", "compile": False, "recompute": "none", "backward": "exact"}  # what only training asks for
 KEPT_HERE = ("cache", "download")  # keys of a data set that a stored config has no say in
 
 
@@ -170,7 +171,8 @@ def _with_stored(raw: Mapping[str, Any], weights: Weights, said: Sequence[str]) 
     if merged.get("plugins") and "plugins" not in said:
         message = f"the stored model needs {merged['plugins']}; a plugin is code, so say plugins= to have it run"
         raise ConfigError([Fault("plugins", message)])
-    merged["trainer"] = {**raw["trainer"], **merged["trainer"]}  # keys that came later have no say in what is stored
+    stored = merged["trainer"]  # keys that came later have no say in what is stored
+    merged["trainer"] = {**raw["trainer"], **stored, **PLAIN}
     here = {"cache": None, "download": False} | (raw["dataset"] if isinstance(raw["dataset"], dict) else {})
     merged["dataset"] |= {key: here[key] for key in KEPT_HERE if key in merged["dataset"]}
     _overlay(raw, merged, [*said, "mode", "checkpoint", "trainer.progress"])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from runner.ranks.distributed import World, device_of, join
 from runner.ranks.meeting import RankLost
 from runner.ranks.place import Place, folder_for
 from runner.regime import too_late
+from runner.relations import NO_FP16
 from runner.run import Run
 from runner.schema import RunConfig
 from runner.screen import Screen
@@ -127,9 +129,12 @@ def _lay_down_curve(config: RunConfig, path: Path, screen: Screen) -> None:
 
 def _device(config: RunConfig) -> torch.device:
     try:
-        return pick_device(config.trainer.device)
+        device = pick_device(config.trainer.device)
     except ValueError as error:
         raise ConfigError([Fault("trainer.device", str(error))]) from error
+    if device.type == "cpu" and config.trainer.amp == "fp16":
+        raise ConfigError([Fault("trainer.amp", NO_FP16)])
+    return device
 
 
 def _yaml(config: RunConfig) -> bytes:
@@ -213,9 +218,11 @@ def _conclude(run: Run) -> None:
         run.evaluated.load_state_dict(run.best)
     test = evaluate(run.evaluated, run.data.test, run.sizes(run.config.total_epochs - 1), run.check, run.world)
     run.world.leave(done=True)
+    if not math.isfinite(test.loss):
+        raise Diverged(f"the weights are lost: the loss on the test set is {test.loss}")
     if not run.world.first:
         return
-    save_weights(run.folder.path / "weights.safetensors", run.evaluated.state_dict(), flat(run.config))
+    save_weights(run.folder.path / "weights.safetensors", run.evaluated.state_dict(), run.facts()["config"])
     summary = _summary(run) | {"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5}
     write_json(run.folder.path / "summary.json", summary, durable=True)
     chosen = "best validation" if run.config.trainer.select == "val" else "last"
@@ -239,13 +246,18 @@ def _summary(run: Run) -> dict[str, Any]:
         "best_val_top1": p.best_top1,
         "best_epoch": p.best_epoch,
         "final_val_top1": float(last["val_top1"]),
-        "final_train_loss": float(last["train_loss"]),
+        "final_train_loss": _finite(last["train_loss"]),
         "test_checkpoint": "best" if config.trainer.select == "val" else "last",
         "train_seconds": round(sum(float(row["seconds"]) for row in timing), 3),
         "images_per_s": median(float(row["images_per_s"]) for row in timing),
         "peak_memory_bytes": peak_memory_bytes(run.device),
         **{key: run.folder.facts[key] for key in KNOWN_EARLY},
     }
+
+
+def _finite(text: str) -> float | None:
+    """A figure of a log; None where no step of the epoch counted."""
+    return float(text) if math.isfinite(float(text)) else None
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

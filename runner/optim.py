@@ -16,6 +16,11 @@ CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "RMSprop": torch.optim.RMSprop,
 }
+BEGUN_AT_ZERO = (  # a buffer, the argument that needs it, and a buffer that tells whose state it is
+    ("momentum_buffer", "momentum", "square_avg"),
+    ("grad_avg", "centered", "square_avg"),
+    ("max_exp_avg_sq", "amsgrad", "exp_avg_sq"),
+)
 
 
 def optimizer_for(model: nn.Module, setting: Setting, current: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
@@ -27,7 +32,16 @@ def optimizer_for(model: nn.Module, setting: Setting, current: torch.optim.Optim
         group |= _arguments(setting)
         if group["name"] == "no_decay":
             group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            _complete_(current.state.get(parameter, {}), parameter, group)
     return current
+
+
+def _complete_(state: dict[str, Any], parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    """What an argument needs that a phase has switched on and torch would have begun with at the first step."""
+    for buffer, argument, beside in BEGUN_AT_ZERO:
+        if beside in state and group.get(argument) and buffer not in state:
+            state[buffer] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def _arguments(setting: Setting) -> dict[str, Any]:

@@ -26,10 +26,12 @@ def refuse_misfits(config: RunConfig) -> None:
         refuse_unfit_images(model, data_phases, channels, side)
 
 
-def refuse_unfit_images(model: nn.Module, phases: Sequence[DataPhase], channels: int, side: int) -> None:
+def refuse_unfit_images(
+    model: nn.Module, phases: Sequence[DataPhase], channels: int, side: int, *, trains: bool = True
+) -> None:
     """Send one image of every size of the schedule through the network. Raises ConfigError where one does not fit.
 
-    Nor does a batch of one image fit a network that normalises vectors: one value has no variance.
+    Nor does a batch of one image fit a network that `trains` and normalises vectors: one value has no variance.
     """
     sizes: dict[int, bool] = {}  # whether a batch of one is wanted
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -42,8 +44,8 @@ def refuse_unfit_images(model: nn.Module, phases: Sequence[DataPhase], channels:
                 _see(model, torch.zeros(1, channels, size, size, device=device))
             except (RuntimeError, ValueError) as error:
                 message = f"{size}: the network cannot take images of {size} x {size} ({error}); choose another size"
-                raise ConfigError([Fault("input_size", message)]) from error
-        if alone and norms:
+                raise ConfigError([Fault("input_size" if trains else "distill", message)]) from error
+        if trains and alone and norms:
             message = f"1: {norms[0]} normalises over the batch, and one value has no variance; accepted: 2 or more"
             raise ConfigError([Fault("batch_size", message)])
 

@@ -10,6 +10,7 @@ from runner.data.locations import train_samples
 from runner.faults import Fault, nearest
 from runner.schema import COMMON, OPTIMIZERS, DataPhase, DatasetConfig, Phase, Schedule, Value
 
+NO_FP16 = "fp16 needs a GPU; the CPU accepts none, bf16"
 NEED_AN_END = {"linear", "warmup", "cosine", "exponential"}
 
 
@@ -19,6 +20,8 @@ def relation_faults(parts: Mapping[str, Any], quantizers: Mapping[str, Component
         yield from phase_faults("regime", parts["regime"].phases)
         if "quant" in parts:
             yield from _driven_faults(parts["regime"].phases, quantizers[parts["quant"].name])
+        if "regularizer" in parts and parts["regularizer"].name == "none":
+            yield from _idle_penalty_faults(parts["regime"].phases)
     if "data_regime" in parts and parts["data_regime"].phases is not None:
         yield from data_phase_faults("data_regime", parts["data_regime"].phases)
         if "dataset" in parts:
@@ -30,9 +33,15 @@ def relation_faults(parts: Mapping[str, Any], quantizers: Mapping[str, Component
     ):
         yield Fault("dataset.std", "must have as many values as dataset.mean")
     if "trainer" in parts and parts["trainer"].amp == "fp16" and parts["trainer"].device == "cpu":
-        yield Fault("trainer.amp", "fp16 needs a GPU; the CPU accepts none, bf16")
-
+        yield Fault("trainer.amp", NO_FP16)
     yield from _recompute_faults(parts)
+
+
+def _idle_penalty_faults(phases: Sequence[Phase]) -> Iterable[Fault]:
+    for index, phase in enumerate(phases):
+        if phase.regularizer is not None:
+            message = "there is no regularizer whose weight it could be; choose one with regularizer="
+            yield Fault(f"regime.phases.{index}.regularizer", message)
 
 
 def _recompute_faults(parts: Mapping[str, Any]) -> Iterable[Fault]:
@@ -84,14 +93,16 @@ def data_phase_faults(section: str, phases: Sequence[DataPhase]) -> Iterable[Fau
 
 
 def _null_faults(section: str, phases: Sequence[Phase | DataPhase]) -> Iterable[Fault]:
-    """Keys that a later phase sets to nothing, which reads as if it went back to a default."""
-    for index, phase in enumerate(phases[1:], start=1):
-        for key in sorted(phase.model_fields_set - {"epoch", "step"}):
+    """Keys that a phase sets to nothing after one before it said something: that reads as a way back to a default."""
+    said: set[str] = set()
+    for index, phase in enumerate(phases):
+        for key in sorted(phase.model_fields_set & said - {"epoch", "step"}):
             if getattr(phase, key) is None:
                 why = (
                     "null changes nothing: a phase keeps what the one before it said; accepted: a value, or no such key"
                 )
                 yield Fault(f"{section}.phases.{index}.{key}", why)
+        said |= {key for key, value in phase if value is not None}
 
 
 def _order_faults(section: str, phases: Sequence[Phase | DataPhase]) -> Iterable[Fault]:

@@ -1,7 +1,7 @@
 """One training, whole: what it is made of, where it stands, and how that is saved and taken up again."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quant.regularizer import Penalty
 from quant.surgery import LayerRow, calibrate_
-from runner.accelerate import accelerate
+from runner.accelerate import Transform, accelerate
 from runner.build import asking, build, phases_of, regularizer_of, watch
 from runner.checkpoint import Checkpoints
 from runner.config import config_hash, flat
@@ -80,20 +80,20 @@ class Run:
             "num_classes": len(self.data.classes),
             "image_size": self.data.image_size,
         }
-        self.teacher = teacher_of(config, **shape)
-        if self.teacher is not None:
-            self.environment["teacher"] = fingerprint(self.teacher.state_dict())
-        answers = None if self.teacher is None else accelerate(self.teacher.to(device), config.trainer, device)
-        self.objective = Objective(config.trainer, answers)
         built = build(config, **shape)
         self.model: nn.Module = built.model.to(device)
         self.rows: list[LayerRow] = built.rows
-        self.remarks = built.remarks
-        self.transform: Callable[[Tensor], Tensor] | None = getattr(self.model, "input_transform", None)
+        self.remarks, self._calibrated = built.remarks, built.calibrated
+        self.transform: Transform | None = getattr(self.model, "input_transform", None)
         self.phases, self.data_phases = phases_of(config, self.model)
         refuse_thin_shares(config, self.data_phases, self.world)
         refuse_unfit_images(self.model, self.data_phases, self.data.in_channels, self.data.image_size)
-        self.forward = accelerate(self.world.wrap(self.model, device, config.trainer.sync_norm), config.trainer, device)
+        self.teacher = teacher_of(config, self.data_phases, **shape)
+        if self.teacher is not None:
+            self.environment["teacher"] = fingerprint(self.teacher.state_dict())
+        self.objective = Objective(config.trainer, self._answers(self.teacher))
+        wrapped = self.world.wrap(self.model, device, config.trainer.sync_norm)
+        self.forward = accelerate(wrapped, config.trainer, device, self.transform)
         self.ema = average_of(self.model, config.trainer.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.trainer.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None
@@ -108,6 +108,13 @@ class Run:
         self._steps_before = [0, *accumulate(self.batches_in(e) for e in range(config.total_epochs))]
         self._saved_at, self._save_seconds, self._epoch_began = time.monotonic(), 0.0, time.monotonic()
         self.saved_bytes_per_sample: int | None = None
+
+    def _answers(self, teacher: nn.Module | None) -> Transform | None:
+        """The forward pass of a teacher, which sees the same images in its own way."""
+        if teacher is None:
+            return None
+        transform = getattr(teacher, "input_transform", None)
+        return accelerate(teacher.to(self.device), self.config.trainer, self.device, transform)
 
     # Where the run stands ------------------------------------------------------------------------------------------
 
@@ -150,8 +157,7 @@ class Run:
             seed=self.config.seed, epoch=p.epoch, start=p.batch, **self.sizes(), **self.world.shard()
         )
         for _ in range(left):
-            images, labels = next(batches)
-            yield (self.transform(images) if self.transform else images), labels
+            yield next(batches)
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A batch mixed as `trainer.mixup` and `trainer.cutmix` ask; otherwise as it is."""
@@ -214,7 +220,7 @@ class Run:
         else:
             for log in self.folder.logs.values():
                 log.clear()
-            asking("quant", calibrate_, self.model.train(), self.first_images())
+            asking("quant", calibrate_, self.model.train(), self.first_images(), self._calibrated)
             self.optimizer = optimizer_for(self.model, self.setting(), None)
             self.codes = codes_of(self.model)
             if self.ema is not None:
@@ -242,13 +248,7 @@ class Run:
         self.progress.seconds += began - self._epoch_began
         self._epoch_began = began
         best = (self.progress.best_step, self.best) if self.best else None
-        facts = {
-            "config_hash": config_hash(self.config),
-            "config": flat(self.config),
-            "data": self.data.fingerprint,
-            "environment": self.environment,
-            "logs": {name: log.mark() for name, log in self.folder.logs.items()},
-        }
+        facts = self.facts() | {"logs": {name: log.mark() for name, log in self.folder.logs.items()}}
         with self.world.pause():
             self.world.align_(self.model)
             state = self._state()
@@ -256,6 +256,17 @@ class Run:
                 self.checkpoints.save(self.progress.step, state, best, facts)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - began
+
+    def facts(self) -> dict[str, Any]:
+        """What is stored beside weights. The config has the mean and deviation that were measured: they belong to the weights."""
+        config = flat(self.config)
+        config["dataset"] |= {"mean": list(self.data.mean), "std": list(self.data.std)}
+        return {
+            "config_hash": config_hash(self.config),
+            "config": config,
+            "data": self.data.fingerprint,
+            "environment": self.environment,
+        }
 
     def save_if_due(self) -> None:
         """Commit where `trainer.checkpoint_every` says so, or as often as costs almost nothing."""

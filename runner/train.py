@@ -138,9 +138,8 @@ def update(run: Trainee, optimizer: torch.optim.Optimizer) -> None:
 
 def once_more(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, share: Share) -> None:
     """The gradients of a batch without compiled code, so that hooks on layers are called. The run ends after it."""
-    run.forward = accelerate(
-        run.world.model or run.model, run.config.trainer.model_copy(update={"compile": False}), run.device
-    )
+    plain = run.config.trainer.model_copy(update={"compile": False})
+    run.forward = accelerate(run.world.model or run.model, plain, run.device, run.transform)
     gradients_of(run, optimizer, images, labels, share)
 
 
