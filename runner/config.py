@@ -289,7 +289,7 @@ def config_hash(config: RunConfig) -> str:
         for key in [key for key in before if key in place and place[key] == before[key]]:
             del place[key]
     if config.dataset.name not in OF_FILES:
-        del raw["dataset"]["memory"]
+        raw["dataset"].pop("memory", None)
     if config.dataset.name == "folder":
         raw["dataset"]["which"] = config.dataset.arguments.get("root")  # its place is all that tells it from another
     for path, keys in IRRELEVANT.items():
