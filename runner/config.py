@@ -212,7 +212,8 @@ def _either(first: Fault, other: Fault) -> Fault:
 
 
 def _repeats(fault: Fault, short: Fault) -> bool:
-    return fault.message == short.message and fault.path.endswith(f".{short.path}")
+    inside = _is_within(fault.path, short.path)
+    return fault.message == short.message and fault.path.endswith(f".{short.path}") and not inside
 
 
 def shorthand(config: RunConfig) -> RunConfig:

@@ -154,6 +154,10 @@ def test_a_missing_key_is_named(key: str) -> None:
     assert path in found or path.rpartition(".")[0] in found
 
 
+def test_a_key_inside_one_of_its_own_name_is_a_fault() -> None:
+    assert list(faults(changed(_target_={"_target_": None}))) == ["_target_._target_"]
+
+
 def test_all_faults_come_at_once_also_those_between_keys() -> None:
     raw = changed(
         evil=1, seed=-1, trainer__epochs=0, quant__gradient="exat", batch_size=5000,
