@@ -306,6 +306,8 @@ def test_where_the_files_lie_counts_only_for_a_folder_of_images(tmp_path: Path) 
                 (tmp_path / root / part / f"{index}.png").touch()
     hashes = {config_hash(config_from(["dataset=folder", f"dataset.root={tmp_path / root}"])) for root in "ab"}
     assert len(hashes) == 2
+    of_memory = [f"dataset.memory={kind}" for kind in ("auto", "always", "never")]  # images are cut otherwise
+    assert len({config_hash(config_from(["dataset=folder", f"dataset.root={tmp_path}/a", w])) for w in of_memory}) == 3
     words = ["dataset=mnist", "dataset.download=true"]
     assert config_hash(config_from([*words, "dataset.root=/a"])) == config_hash(
         config_from([*words, "dataset.root=/b"])
