@@ -83,7 +83,8 @@ def _evaluate_packed(path: Path, raw: Mapping[str, Any], said: Sequence[str]) ->
         raise BadData(
             f"{path}: made for {take.channels} channels and {len(model.classes)} classes, the data set has {given}"
         )
-    sizes = {"batch_size": config.batch_size or int(model.about.get("batch_size", 128)), "input_size": take.size}
+    said_size = raw["batch_size"] if "batch_size" in said else None
+    sizes = {"batch_size": said_size or int(model.about.get("batch_size", 128)), "input_size": take.size}
     screen.say(f"packed network: {model.nbytes:,} bytes of tensors, kernel {model.kernel}" + why_float(model))
     return _measured(
         Wrapped(model), data, sizes, str(path), config, path.with_name(f"{path.name}.evaluation.json"), screen

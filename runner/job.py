@@ -184,7 +184,7 @@ def _preflight(run: Run) -> None:
 def _late_phases(run: Run) -> str:
     if run.phases[0].step is not None:
         return too_late([phase.step or 0 for phase in run.phases], run.total_steps, "step")
-    return too_late([phase.epoch or 0 for phase in run.phases], run.config.total_epochs, "epoch")
+    return too_late([phase.epoch or 0 for phase in run.phases], run.epochs_begun, "epoch")
 
 
 def _saved_bytes(run: Run, images: Tensor) -> int:

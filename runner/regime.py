@@ -111,7 +111,7 @@ def steps_per_epoch(samples: int, batch_size: int, drop_last: bool, world: int =
 
 
 def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
-    """One row an epoch: what holds at its start."""
+    """One row an epoch that begins before the run ends: what holds at its start."""
     regime, data = config.regime.phases or [], config.data_regime.phases or []
     lengths = []
     for epoch in range(config.total_epochs):
@@ -119,6 +119,8 @@ def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
         lengths.append(steps_per_epoch(samples, batch_size, config.dataset.drop_last))
     step = 0
     for epoch, batches in enumerate(lengths):
+        if step >= (config.trainer.max_steps or math.inf):
+            return
         clock = Clock(epoch=epoch, batch=0, batches=batches, step=step)
         setting = setting_at(regime, clock, epochs=config.total_epochs, steps=sum(lengths))
         yield (

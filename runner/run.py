@@ -125,6 +125,11 @@ class Run:
         return min(every, self.config.trainer.max_steps or every)
 
     @property
+    def epochs_begun(self) -> int:
+        """How many epochs begin before the run ends."""
+        return sum(start < self.total_steps for start in self._steps_before[:-1])
+
+    @property
     def over(self) -> bool:
         return self.progress.step >= self.total_steps and self.progress.batch == 0
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from quant.inference import looks_packed
 from runner.checkpoint import Checkpoints, load, loads, read_manifest
 from runner.faults import BadData, MissingInput
 from runner.files import write_atomic
@@ -61,6 +62,10 @@ def read_weights(path: Path) -> Weights:
             f"{path}: no such file; give a run folder, a checkpoint (step-N.json or .pt) or a .safetensors file"
         )
     if path.suffix == ".safetensors":
+        if looks_packed(path):
+            raise BadData(
+                f"{path}: a packed network, which `evaluate` and `predict` take; give the run that it was made of"
+            )
         return _from_safetensors(path)
     manifest = _manifest_of(path)
     if manifest is None:

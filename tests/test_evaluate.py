@@ -172,7 +172,7 @@ def test_a_plugin_of_a_stored_model_runs_only_when_it_is_asked_for(
     folder = train(config_from(words, [str(tmp_path / "own")]))
     assert run(["evaluate", f"checkpoint={folder}"]) == 78
     assert "a plugin is code, so say plugins= to have it run" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="distill: .*a plugin is code, so say plugins= to have it run"):
+    with pytest.raises(ConfigError, match=r"distill: .*a plugin is code, so say plugins= to have it run"):
         train(config_from([*SMALL, *QUIET, "epochs=1", f"distill={folder}", f"outputs={tmp_path}/pupil"]))
     found = evaluated(f"checkpoint={folder}", "plugins=[made_small]")
     assert found["test_top1"] == summary(folder)["test_top1"]

@@ -21,6 +21,7 @@ from runner.compose import config_from
 from runner.faults import Preempted
 from runner.objective import Objective
 from runner.optim import average_of
+from runner.regime import timeline
 from runner.rows import Result
 from runner.weights import read_weights
 
@@ -177,6 +178,14 @@ def test_a_teacher_never_trains(watch: Callable[..., Seen], tmp_path: Path) -> N
     stored = read_weights(folder).tensors
     assert all(torch.equal(value, stored[name]) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_phases_behind_the_last_step_are_told(watch: Callable[..., Seen], capsys: pytest.CaptureFixture[str]) -> None:
+    phases = "regime.phases=[{epoch: 0, optimizer: SGD, lr: 0.1}, {epoch: 2, lr: 0.01}]"
+    seen = watch(phases, "epochs=4", "trainer.max_steps=5", "trainer.progress=plain")  # three steps an epoch
+    assert seen.run.epochs_begun == 2
+    assert "the run ends at epoch 2; phases of the regime at epoch 2 never begin" in capsys.readouterr().out
+    assert [row["step"] for row in timeline(seen.run.config, 96 - 9)] == [0, 3]
 
 
 def test_a_teacher_is_as_fast_as_its_pupil(watch: Callable[..., Seen], tmp_path: Path) -> None:
