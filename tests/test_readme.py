@@ -25,6 +25,7 @@ SHOWN = {
     "README.md": ("lenet5_mnist.csv", "bench_step_resnet18.csv"),
     "quant/README.md": (
         "resnet20_cifar10_jpeg.csv",
+        "resnet18_cifar10_jpeg.csv",
         "resnet18_mnist.csv",
         "lenet5_digits.csv",
         "variants_lenet5_mnist.csv",
