@@ -165,7 +165,7 @@ class _Matmul(torch.autograd.Function):
         size, dtype = ctx.x
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         g_input, g_weight = (rounded(g) if rounded else g for rounded in ctx.maps)
-        if ctx.shape.bf16 and unit is not None:
+        if unit is not None:
             x = ctx.codec.numbers(*saved) if need_w else None
             w = Scaled((w / unit).to(torch.bfloat16), unit)
             dx, dw = rounded_products(g_input, g_weight, x, w, size, ctx.shape, need_x)
@@ -202,7 +202,7 @@ def _product(
 ) -> Tensor:
     if not torch.is_grad_enabled():  # autograd would encode what nobody will ask for
         return shape.forward(x, w, bias)
-    y: Tensor = _Matmul.apply(x, w, bias, shape, codec, unit, *maps)
+    y: Tensor = _Matmul.apply(x, w, bias, shape, codec, unit if shape.bf16 else None, *maps)
     return y
 
 
