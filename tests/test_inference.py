@@ -22,6 +22,7 @@ from quant import kernels
 from quant.inference import BadPackedFile, PackedModel, looks_packed
 from quant.inference.file import from_bytes, to_bytes
 from quant.inference.graph import Graph, Node, Preprocessing, coded, pack_planes, unpack_planes, weight_of
+from quant.inference.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,6 +121,13 @@ def test_bits_and_floats_agree(graph: Graph) -> None:
         op(values)
         other(others)
     assert torch.equal(values[4], others[4]), "thresholds, bits and sums are exact"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_of_nothing_has_no_answers(graph: Graph, packed: bool) -> None:
+    assert PackedModel(graph, packed=packed)(torch.zeros(0, 3, 12, 12)).shape == (0, 4)
+    scales = Node("input_scale", "k", (0,), {"kernel": [3, 3], "padding": [1, 1], "groups": 3, "out_channels": 6})
+    assert OPS["input_scale"].make(scales, packed)(torch.zeros(0, 3, 12, 12)).shape == (0, 6, 12, 12)
 
 
 def test_values_are_let_go_when_nobody_needs_them(graph: Graph) -> None:

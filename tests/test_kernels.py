@@ -135,6 +135,14 @@ def test_nan_is_outside_the_window() -> None:
     assert inside.flatten().tolist() == [0, 0, 1, 1]
 
 
+def test_nothing_in_nothing_out() -> None:
+    weight = kernels.pack_weight(torch.randn(4, 8, 3, 3), 1)
+    assert kernels.binary_conv2d(torch.randn(0, 8, 5, 4), weight, stride=2).shape == (0, 4, 3, 2)
+    flat = kernels.pack_weight(torch.randn(4, 8))
+    assert kernels.binary_linear(torch.randn(0, 8), flat).shape == (0, 4)
+    assert kernels.binary_linear(torch.randn(2, 0, 8), flat).shape == (2, 0, 4)
+
+
 def test_strided_and_shared_tensors() -> None:
     """Views are copied first; the packed bits of a view of a batch are the view of the packed bits."""
     x, w = values(6, 40, 9, 9), values(8, 40, 3, 3)

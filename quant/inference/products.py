@@ -132,7 +132,7 @@ def input_scale(node: Node, _: bool) -> Run:
     box = torch.full((groups, 1, *kernel), 1 / (kernel[0] * kernel[1]))
 
     def run(x: Tensor) -> Tensor:
-        means = x.abs().view(len(x), groups, -1, *x.shape[2:]).mean(2)
+        means = x.abs().view(len(x), groups, x.shape[1] // groups, *x.shape[2:]).mean(2)
         k = F.conv2d(means, box, None, stride, padding, 1, groups)
         return k if groups == 1 else k.repeat_interleave(node.attrs["out_channels"] // groups, 1)
 

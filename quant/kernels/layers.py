@@ -29,10 +29,16 @@ def _plan(
     path: Processor, shape: torch.Size, acts_last: bool, kernel: tuple[int, int], stride: tuple[int, int],
     padding: tuple[int, int], out_channels: int, threads: int,
 ) -> tuple[bytes, Tensor, tuple[int, int, int, int], int, int]:  # fmt: skip
-    """The job but for its addresses, the columns' border classes, the output's shape, the bytes of scratch, the threads."""
+    """The job but for its addresses, the columns' border classes, the output's shape, the bytes of scratch, the threads.
+
+    No threads for an empty batch.
+    """
     images, words, height, width = shape
     out_height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
     out_width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    out_shape = (images, out_channels, max(out_height, 0), max(out_width, 0))
+    if not images * height * width:
+        return b"", torch.empty(0, dtype=torch.int32), out_shape, 0, 0
     if min(out_height, out_width) < 1:
         raise ValueError(f"a kernel of {kernel} with padding {padding} does not fit on an image of {(height, width)}")
     tile = SHAPES[path]
@@ -64,7 +70,7 @@ def _plan(
     return (
         np.array(job, np.int64).tobytes(),
         columns * (4 * blocks * tile.lanes),
-        (images, out_channels, out_height, out_width),
+        out_shape,
         scratch_size,
         threads,
     )
@@ -112,7 +118,8 @@ def conv2d_of_packed(
 ) -> Tensor:
     """The same for activations that `pack_activations` has packed."""
     entry, plan, now, threads, tensors = _job(acts, weight, scale, bias, stride, channels_last, out)
-    run(entry, plan, now, threads)
+    if threads:
+        run(entry, plan, now, threads)
     return tensors[-1]
 
 
