@@ -46,13 +46,13 @@ def _image(path: Path, model: "PackedModel") -> "Tensor":
 
     from runner.data.augment import Normalise, resize
     from runner.data.datasets import Files
-    from runner.data.decode import BadImageError, opened, to_array
+    from runner.data.decode import BadImageError, centre_box, opened, to_array
 
     take = model.preprocessing
     one = Files(path.parent, "predict", (path.name,), torch.zeros(1, dtype=torch.int64))
     try:
         with opened(one, path.name) as image:
-            pixels = to_array(image, take.channels, take.pixels)
+            pixels = to_array(image, take.channels, take.pixels, centre_box(*image.size, take.crop))
     except BadImageError as bad:
         raise BadData(f"{path}: {bad.reason}") from bad
     normalise = Normalise.of(take.mean, take.std, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """`predict` says of an image what evaluation says of it, and refuses what is no image."""
 
+import json
 import struct
 import zlib
 from collections.abc import Iterator
@@ -112,3 +113,31 @@ def test_bad_words(words: list[str], code: int, says: str, network: Path, capsys
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+
+
+def test_streamed_images_are_seen_as_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With random resized crops, networks are tested on the centre of an image: so they are when packed."""
+    draw = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in "ab":
+            (tmp_path / "photos" / part / label).mkdir(parents=True)
+            for k in range(12):
+                pixels = draw.integers(0, 255, (40, 52, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / part / label / f"{k:02}.png")
+    streamed = ["dataset.memory=never", "dataset.input_size=28", "dataset.augment.scale=[0.5,1]", "dataset.workers=0"]
+    words = [*SMALL, "dataset=folder", f"dataset.root={tmp_path / 'photos'}", *streamed, f"outputs={tmp_path}"]
+    config = config_from([*words, "batch_size=8"])
+    found, packed = train(config), tmp_path / "net.packed.safetensors"
+    assert run(["export", f"checkpoint={found}", "format=packed", f"out={packed}"]) == 0
+    losses = []
+    for stored in (found, packed):
+        assert run(["evaluate", f"checkpoint={stored}", "batch_size=8"]) == 0
+        saved = Path(capsys.readouterr().out.rpartition("saved: ")[2].strip())
+        losses.append(json.loads(saved.read_bytes())["test_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    images, _ = next(load(config.dataset, device=torch.device("cpu")).test.batches(seed=0, epoch=0, batch_size=1))
+    chances = torch.softmax(PackedModel.load(packed)(images)[0], 0)
+    assert run(["predict", str(packed), str(tmp_path / "photos/test/a/00.png")]) == 0
+    said = capsys.readouterr().out
+    assert float(said.split()[2]) == pytest.approx(100 * float(chances.max()), abs=0.1)

@@ -236,11 +236,14 @@ def _refuse_wrong_weight(node: Node, required: frozenset[str]) -> None:
 
 def _preprocessing(said: Mapping[str, Any]) -> Preprocessing:
     numbers = {key: said[key] for key in ("channels", "size", "pixels")}
-    mean, std = said["mean"], said["std"]
-    right = all(type(n) is int and 0 < n <= 1 << 14 for n in numbers.values()) and numbers["channels"] <= 1 << 10
+    mean, std, crop = said["mean"], said["std"], said["crop"]
+    right = isinstance(crop, int | float) and 0 < crop <= 1
+    right = (
+        right and all(type(n) is int and 0 < n <= 1 << 14 for n in numbers.values()) and numbers["channels"] <= 1 << 10
+    )
     for values in (mean, std):
         right = right and isinstance(values, list) and len(values) == numbers["channels"]
         right = right and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     if not right or min(std) <= 0:
         raise BadPackedFile(f"input: makes no sense: {str(dict(said))[:200]}")
-    return Preprocessing(**numbers, mean=tuple(mean), std=tuple(std))
+    return Preprocessing(**numbers, mean=tuple(mean), std=tuple(std), crop=crop)

@@ -33,13 +33,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the input: squares of `pixels` x `pixels`, (p / 255 - mean) / std, resized to `size`."""
+    """How an image becomes the input: its central square at `pixels` x `pixels`, (p / 255 - mean) / std, resized to `size`.
+
+    `crop` is the side of that square as a share of the image's shorter side.
+    """
 
     channels: int
     size: int
     pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: float = 1.0
 
 
 @dataclass(frozen=True)

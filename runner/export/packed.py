@@ -5,12 +5,14 @@ from torch import nn
 from quant.inference.file import to_bytes
 from quant.inference.graph import Graph, Preprocessing
 from runner.data.load import Data
-from runner.data.sources import MemorySource
+from runner.data.sources import MemorySource, Source, StreamSource
 from runner.evaluate import Stored
 from runner.export.fold import fold
 from runner.export.trace import trace
 
-WHICH_IMAGES = ("name", "input_size", "validation", "val_fraction", "split_seed")  # of the keys that all data sets have
+WHICH_IMAGES = (  # of the keys that all data sets have: those that decide which images are measured, and what of them is seen
+    "name", "input_size", "validation", "val_fraction", "split_seed", "memory", "augment",
+)  # fmt: skip
 
 
 def packed_bytes(stored: Stored) -> bytes:
@@ -28,6 +30,14 @@ def packed_bytes(stored: Stored) -> bytes:
 
 def graph_of(model: nn.Module, data: Data, size: int, about: dict[str, object]) -> Graph:
     """The folded graph of a trained network, and how its images are made."""
-    pixels = data.val.content.pixels.shape[2] if isinstance(data.val, MemorySource) else size
-    take = Preprocessing(data.in_channels, size, pixels, data.mean, data.std)
+    pixels, crop = _square(data.val, size)
+    take = Preprocessing(data.in_channels, size, pixels, data.mean, data.std, crop)
     return Graph(fold(trace(model)), take, data.classes, about)
+
+
+def _square(source: Source, size: int) -> tuple[int, float]:
+    """`pixels` and `crop` of the images that a source measures on, fed at that size."""
+    if isinstance(source, StreamSource):
+        return source.content.decode_size or size, source.test_crop
+    assert isinstance(source, MemorySource)
+    return source.content.pixels.shape[2], 1.0
