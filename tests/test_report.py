@@ -101,10 +101,49 @@ def test_networks_and_data_go_by_the_config_that_was_chosen(tmp_path: Path) -> N
         make(tmp_path / "b", "none", seed, 50.0, "dataset=folder", f"dataset.root={root}")
     groups = groups_of(collect([tmp_path]))
     assert [(g.network, g.dataset, g.settings, len(g.rows)) for g in groups] == [
-        ("lenet5", "cats", "", 2), ("lenet5", "mnist", "", 1), ("lenet5", "mnist", "trainer.recompute=blocks", 1),
-        ("wide", "mnist", "", 2), ("lenet5", "x-ray", "", 1),
+        ("lenet5", "cats", "", 1), ("lenet5", "cats (2)", "", 1), ("lenet5", "mnist", "", 1),
+        ("lenet5", "mnist", "trainer.recompute=blocks", 1), ("wide", "mnist", "", 2), ("lenet5", "x-ray", "", 1),
     ]  # fmt: skip
     assert "/data" not in as_csv(collect([tmp_path]))
+
+
+def test_what_changes_the_images_is_another_task_and_what_has_blanks_is_one_word(tmp_path: Path) -> None:
+    make(tmp_path, "none", 0, 90.0)
+    make(tmp_path, "none", 0, 91.0, "model.channels=[1, 2]", "dataset.augment.crop=1")
+    make(tmp_path, "xnor", 0, 80.0, "dataset.limit=1000")
+    make(tmp_path, "xnor", 0, 81.0, "dataset.augment.crop=1", "x=1", "trainer.ema=0.9")
+    rows = collect([tmp_path])
+    (tmp_path / "rows.csv").write_text(as_csv(rows))
+    for groups in (groups_of(rows), groups_of(collect([tmp_path / "rows.csv"]))):
+        assert [(g.network, g.dataset, g.quant, g.settings, str(g.difference())) for g in groups] == [
+            ("lenet5", "mnist", "none", "", "None"),
+            ("lenet5", "mnist", "xnor", "dataset.augment.crop=1 trainer.ema=0.9 x=1", "-9.00"),
+            ("lenet5 channels=[1, 2]", "mnist", "none", "dataset.augment.crop=1", "None"),
+            ("lenet5", "mnist limit=1000", "xnor", "", "None"),
+        ]
+
+
+def test_a_recipe_that_sets_a_depth_has_another_network(tmp_path: Path) -> None:
+    for name, seed, words in (("a", 0, ["experiment=deep"]), ("b", 1, ["experiment=deep", "model.depth=20"])):
+        make(tmp_path / name, "lsq", seed, 93.0, "model=resnet", *words)
+        for folder in (tmp_path / name / "runs").iterdir():
+            (folder / "config.yaml").write_text(
+                "model: {name: resnet, depth: 56}\ndataset: {name: mnist}\nquant: {name: lsq}\n"
+            )
+    assert [group.network for group in groups_of(collect([tmp_path]))] == ["resnet depth=20", "resnet depth=56"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("test_top1", "abc"), ("test_top1", ""), ("test_top1", "nan"), ("seed", "x"), ("epochs", "")]
+)
+def test_a_cell_that_is_no_number_is_named(outputs: Path, tmp_path: Path, column: str, value: str) -> None:
+    head, first, *rest = as_csv(collect([outputs])).splitlines()
+    cells = first.split(",")
+    cells[head.split(",").index(column)] = value
+    path = tmp_path / "rows.csv"
+    path.write_text("\r\n".join([head, ",".join(cells), *rest]), encoding="utf-8-sig")
+    with pytest.raises(ConfigError, match=rf"rows\.csv: line 2, {column}: '{value}' is no"):
+        collect([path])
 
 
 def test_what_is_not_whole_is_named_or_left_out(outputs: Path, tmp_path: Path) -> None:

@@ -6,16 +6,18 @@ A difference to float is paired by seed, with a 95 % confidence interval (Studen
 import csv
 import io
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from runner.faults import ConfigError, Fault
-from runner.pages.records import find_runs
-from runner.pages.settings import CHOSEN, NO_SETTINGS
+from runner.pages.records import find_runs, read_config
+from runner.pages.settings import CHOSEN, NO_SETTINGS, flatten, usual_settings
 from runner.statistics import Difference, paired_difference
 
 ROW = (
@@ -34,6 +36,9 @@ NUMBERS = {
 }
 LONGEST = 100  # letters of a name
 PLACES = ("outputs=", "dataset.root=", "dataset.cache=", "name=")
+SIZES = ("model.depth", "model.arch", "model.width")  # what a recipe makes another network with
+# Of a data set's keys, those that change how images are trained on, not which ones.
+OF_TRAINING = ("dataset.augment.", "dataset.drop_last=", "dataset.input_size=", "dataset.mean=", "dataset.std=")
 NEEDED = {*CHOSEN, "seed", "epochs", "test_top1"}  # of a summary, to be a row
 Row = dict[str, Any]
 Task = tuple[str, str, int]  # network, data, epochs
@@ -47,6 +52,7 @@ def collect(paths: Iterable[Path]) -> list[Row]:
             rows += _from_csv(path)
         else:
             rows += [row for folder in find_runs(path) if (row := _row(folder)) is not None]
+    _tell_apart(rows)
     rows = list(
         {(*_configuration(row), row["seed"]): row for row in rows}.values()
     )  # a configuration counts once a seed
@@ -54,7 +60,7 @@ def collect(paths: Iterable[Path]) -> list[Row]:
 
 
 def _from_csv(path: Path) -> list[Row]:
-    table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8", errors="replace")))
+    table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig", errors="replace")))
     lost = set(ROW) - set(table.fieldnames or ())
     if lost:
         raise ConfigError(
@@ -64,7 +70,27 @@ def _from_csv(path: Path) -> list[Row]:
     torn = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
     if torn:
         raise ConfigError([Fault(str(path), f"line {', '.join(torn)} has not as many cells as the first one")])
+    faults = [fault for number, row in enumerate(rows, 2) for fault in _wrong_numbers(row, f"{path}: line {number}")]
+    if faults:
+        raise ConfigError(faults)
     return [_numbers(row) for row in rows]
+
+
+def _wrong_numbers(row: dict[str, str], place: str) -> Iterator[Fault]:
+    """Cells that should hold a number and do not; a figure that a run did not take is an empty one."""
+    for key in ("seed", "epochs"):
+        if not re.fullmatch(r"\d{1,18}", row[key]):
+            yield Fault(f"{place}, {key}", f"{row[key]!r} is no whole number")
+    for key in sorted(NUMBERS):
+        if (row[key] or key in NEEDED) and not _is_finite(row[key]):
+            yield Fault(f"{place}, {key}", f"{row[key]!r} is no number")
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _row(folder: Path) -> Row | None:
@@ -77,9 +103,13 @@ def _row(folder: Path) -> Row | None:
             return None
         own = {key: summary[key] for key in ROW if key in summary}
         chosen = {group: _chosen(group, command) or summary[group] for group in CHOSEN}
-        if chosen["dataset"] == "folder":
-            chosen["dataset"] = Path(_chosen("dataset.root", command) or "data").resolve().name
-        return own | chosen | facts | {"settings": _settings(command), "command": _public(command), "folder": folder}
+        place = ""
+        if chosen["dataset"] == "folder":  # its place is all that tells it from another
+            place = str(summary.get("place") or Path(_chosen("dataset.root", command) or "data").resolve())
+            chosen["dataset"] = Path(place).name
+        settings = _settings([*command, *_set_by_recipe(folder, command)])
+        public = {"settings": settings, "command": _public(command)}
+        return own | chosen | facts | public | {"folder": folder, "place": place}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -87,6 +117,29 @@ def _row(folder: Path) -> Row | None:
 def _chosen(group: str, command: Sequence[str]) -> str:
     """The config that was chosen of a group: `bwn`, say, which sets what `xnor` has. Images of a folder go by its name."""
     return next((word.partition("=")[2] for word in reversed(command) if word.startswith(f"{group}=")), "")
+
+
+def _set_by_recipe(folder: Path, command: Sequence[str]) -> list[str]:
+    """What makes the network of a recipe another one than its name says, as words of a command line."""
+    if not _chosen("experiment", command):
+        return []
+    config = flatten(read_config(folder))
+    usual, said = usual_settings(config), {word.partition("=")[0].lstrip("+") for word in command}
+    return [
+        f"{key}={config[key]}" for key in SIZES if key in config and key not in said and config[key] != usual.get(key)
+    ]
+
+
+def _tell_apart(rows: Iterable[Row]) -> None:
+    """Number the data sets of one name that lie in different folders."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("place"):
+            known = places.setdefault(row["dataset"], [])
+            if row["place"] not in known:
+                known.append(row["place"])
+            if number := known.index(row["place"]):
+                row["dataset"] += f" ({number + 1})"
 
 
 def _settings(command: Sequence[str]) -> str:
@@ -103,7 +156,19 @@ def _settings(command: Sequence[str]) -> str:
     }
     words = [word for word in command if "=" in word and not word.startswith("-")]
     own = (word for word in words if word.partition("=")[0].lstrip("+") not in told)
-    return " ".join(sorted(own, key=lambda word: word.lstrip("+")))
+    return _line(sorted(own, key=lambda word: word.lstrip("+")))
+
+
+def _line(words: Iterable[str]) -> str:
+    """Words as one line, from which `_words` gets them back: quoted where they have blanks or quotes themselves."""
+    return " ".join(shlex.quote(word) if re.search(r"[\s'\"\\]", word) else word for word in words)
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError:  # of a hand that wrote it
+        return line.split()
 
 
 def _public(command: Sequence[str]) -> str:
@@ -118,17 +183,13 @@ def _numbers(row: dict[str, str]) -> Row:
 
 
 def _configuration(row: Row) -> tuple[str, str, int, str, str]:
-    """Network, data, epochs, quantizer, settings: what is set of the model belongs to the network."""
-    words = row["settings"].split()
-    own = [word for word in words if word.lstrip("+").startswith("model.")]
-    network = " ".join([row["model"], *(word.lstrip("+").removeprefix("model.") for word in own)])
-    return (
-        network,
-        row["dataset"],
-        int(row["epochs"]),
-        row["quant"],
-        " ".join(word for word in words if word not in own),
-    )
+    """Network, data, epochs, quantizer, settings: what is set of the model, or of which images, belongs to their names."""
+    rest, named = list[str](), {"model": [row["model"]], "dataset": [row["dataset"]]}
+    for word in _words(row["settings"]):
+        group, _, key = word.lstrip("+").partition(".")
+        belongs = group in named and not word.lstrip("+").startswith(OF_TRAINING)
+        (named[group] if belongs else rest).append(key if belongs else word)
+    return " ".join(named["model"]), " ".join(named["dataset"]), int(row["epochs"]), row["quant"], _line(rest)
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -185,7 +246,7 @@ class Group:
     @property
     def training(self) -> str:
         """What was set beside the quantizer."""
-        return " ".join(word for word in self.settings.split() if not word.lstrip("+").startswith("quant."))
+        return _line(word for word in _words(self.settings) if not word.lstrip("+").startswith("quant."))
 
     @property
     def task(self) -> Task:
