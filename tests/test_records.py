@@ -174,7 +174,7 @@ with open(sys.argv[1], "w") as file:
 """
 
 
-def test_runs_are_found_at_any_depth_but_not_through_links(tmp_path: Path) -> None:
+def test_runs_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
     for name in ("runs/b", "runs/a", "sweeps/s1/0"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "status.json").write_text("{")
@@ -186,6 +186,19 @@ def test_runs_are_found_at_any_depth_but_not_through_links(tmp_path: Path) -> No
     assert find_runs(tmp_path) == [tmp_path / name for name in ("runs/a", "runs/b", "sweeps/s1/0")]
     assert find_runs(tmp_path / "runs/a") == [tmp_path / "runs/a"]
     assert find_runs(tmp_path / "nothing") == []
+
+
+def test_runs_on_another_disk_are_found_but_not_all_that_lies_there(tmp_path: Path) -> None:
+    for name in ("disk/runs/a", "disk/elsewhere/deeper/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "summary.json").write_text("{}")
+    for name in ("outputs", "more"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "outputs/runs").symlink_to(tmp_path / "disk/runs")
+    (tmp_path / "more/there").symlink_to(tmp_path / "disk")
+    (tmp_path / "more/nowhere").symlink_to(tmp_path / "not")
+    assert find_runs(tmp_path / "outputs") == [tmp_path / "outputs/runs/a"]
+    assert find_runs(tmp_path / "more") == [tmp_path / "more/there/runs/a"]
 
 
 def test_reading_loads_no_torch() -> None:

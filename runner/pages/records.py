@@ -27,6 +27,7 @@ RUN_FILES = frozenset({"metrics.csv", "timing.csv", "layers.csv", "quant.csv", "
 TEXT_COLUMNS = frozenset({"phase", "layer", "kind", "becomes", "why"})
 LARGEST_FILE = 256 * 2**20
 DEEPEST_FOLDER = 8
+BEHIND_A_LINK = 2  # levels: enough for outputs/ or outputs/runs/ on another disk, too few to walk through that disk
 DEEPEST_YAML = 50
 OPENING = (
     yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
@@ -133,31 +134,42 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Every run folder at or below `root`, sorted; links and hidden folders are not followed."""
+    """Every run folder at or below `root`, sorted; hidden folders are not looked into, and not far behind links."""
     found: list[Path] = []
+    behind_links: list[Path] = []
     pending = [(Path(root), 0)]
     while pending:
         folder, depth = pending.pop()
-        subfolders, is_run = _look_into(folder)
+        subfolders, links, is_run = _look_into(folder)
         if is_run:
             found.append(folder)
         elif depth < DEEPEST_FOLDER:
             pending.extend((subfolder, depth + 1) for subfolder in subfolders)
+            pending.extend((link, max(depth + 1, DEEPEST_FOLDER - BEHIND_A_LINK)) for link in links)
+            behind_links += links
+    if behind_links:  # what is met twice is one run
+        found = list({os.path.realpath(folder): folder for folder in sorted(found, reverse=True)}.values())
     return sorted(found)
 
 
-def _look_into(folder: Path) -> tuple[list[Path], bool]:
+def _look_into(folder: Path) -> tuple[list[Path], list[Path], bool]:
+    """Its subfolders, those that are links, and whether it is a run's."""
     subfolders: list[Path] = []
+    links: list[Path] = []
     is_run = False
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 is_run = is_run or entry.name in RUN_FILES
-                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
                     subfolders.append(Path(entry.path))
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    links.append(Path(entry.path))
     except OSError:  # vanished or unreadable: nothing to list there
-        return [], False
-    return subfolders, is_run
+        return [], [], False
+    return subfolders, links, is_run
 
 
 def complete_lines(content: bytes) -> list[str]:
