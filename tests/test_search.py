@@ -115,9 +115,9 @@ def test_a_trial_that_is_worse_than_the_others_is_stopped(tmp_path: Path) -> Non
 
 def test_a_search_that_was_stopped_chooses_as_one_that_was_not(tmp_path: Path) -> None:
     def values(place: Path, stops: bool) -> list[float]:
-        known, found = study(place), []
-        for number in range(6):
-            if stops and number == 3:
+        known, found = study(place, trials=14), []  # the first ten are chosen at random
+        for number in range(20):
+            if stops and number in (3, 12):
                 known = Study.open(known.options)
             if (asked := known.next()) is None:
                 break
@@ -127,7 +127,7 @@ def test_a_search_that_was_stopped_chooses_as_one_that_was_not(tmp_path: Path) -
         return found
 
     (tmp_path / "a").mkdir()
-    assert len(values(tmp_path / "a", stops=False)) == 3
+    assert len(values(tmp_path / "a", stops=False)) == 14
     assert values(tmp_path / "b", stops=True) == values(tmp_path / "c", stops=False)
 
 
@@ -144,6 +144,7 @@ def test_a_value_is_written_as_overrides_read_it() -> None:
     [
         ({"space": {"lr": {"from": 2, "to": 1}}}, "larger"),
         ({"space": {"lr": {"from": 0, "to": 1, "log": True}}}, "above 0"),
+        ({"space": {"seed": {"from": 0, "to": 4, "step": 0}}}, "step"),
         ({"objectives": {"test_top1": "maximize"}}, "test_top1"),
         ({"pruner": {}}, "only objective"),
         ({"trails": 3}, "trails"),
@@ -154,6 +155,18 @@ def test_a_file_that_means_nothing_is_refused(tmp_path: Path, change: dict[str, 
     own(tmp_path, **change)
     with pytest.raises(ConfigError, match=said):
         read_search("mine", [str(tmp_path / "conf")])
+
+
+def test_a_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
+    own(tmp_path)
+    (tmp_path / "conf/sweep/mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_search("mine", [str(tmp_path / "conf")])
+
+
+@pytest.mark.parametrize("said", ["outputs=my", "outputs='my'", "++outputs=my"])
+def test_a_search_lies_beside_its_runs(said: str) -> None:
+    assert options_of(["sweep=lenet5_lr", said]).folder.parent == Path("my/searches")
 
 
 @pytest.mark.parametrize(

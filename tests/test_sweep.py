@@ -22,7 +22,7 @@ from runner.statistics import interval, paired_difference
 from runner.sweeps import launch
 from runner.sweeps.gpu_slots import free_slot, visible_gpus
 from runner.sweeps.jobs import Composer, Folders, Job, jobs_of
-from runner.sweeps.sweep import _own_words
+from runner.sweeps.sweep import _own_words, sweep
 from runner.sweeps.table import Standing, Watch, standing
 from tests.conftest import ROOT
 from tests.torture.commands import finished, start
@@ -92,6 +92,25 @@ def test_remembered_folders_are_forgotten_when_a_file_that_decides_them_changes(
     (own / "mine.yaml").write_text(re.sub("weight_bits: .", "weight_bits: 7", (own / "mine.yaml").read_text(), count=1))
     assert Folders(words, dirs).get(before[0].words) is None
     assert jobs_of(words, dirs)[0].path != before[0].path
+
+
+def test_jobs_of_several_roots_and_of_roots_with_blanks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert jobs_of(["seed=0,1", "outputs='my runs'"], [])[0].log.parent == Path("my runs/sweeps/logs")
+    assert [path.name for path in tmp_path.iterdir()] == ["my runs"]
+    jobs = jobs_of(["quant=none", "outputs=a,b"], [])
+    assert [str(job.sweeps) for job in jobs] == ["a/sweeps", "b/sweeps"]
+
+
+def test_what_is_one_run_is_done_once_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["quant=none", "trainer.checkpoint_every=1,2", f"outputs={tmp_path}"]
+    (job, same) = jobs_of(words, [])
+    assert job.path == same.path
+    written(job.path, "done", 3)
+    assert sweep(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 jobs" in said
+    assert "left out, as nothing that can change a number tells it from another: 'trainer.checkpoint_every=2'" in said
 
 
 def test_ten_thousand_jobs_that_are_done_are_skipped_quickly(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ which folder a job has is remembered from one command to the next, as long as no
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from runner.compose import base_of, checked, choices_of, conf_folder, config_from, expand, laid_over
+from runner.config import OF_FILES
 from runner.faults import ConfigError, Fault, StorageError
 from runner.files import write_json
 from runner.folder import run_path
@@ -61,22 +63,22 @@ def _is_seed(word: str) -> bool:
 
 
 def jobs_of(words: Sequence[str], config_dirs: Sequence[str]) -> list[Job]:
-    """Every job of a sweep. Raises ConfigError with the faults of all of them."""
+    """Every job of a sweep, a command line each; several may be one run. Raises ConfigError with the faults of all of them."""
     lines, known = expand(words, config_dirs), Folders(words, config_dirs)
     varying = {index for index, column in enumerate(zip(*lines, strict=True)) if len(set(column)) > 1}
-    composer, jobs, faults = Composer(config_dirs), dict[Path, Job](), list[Fault]()
+    composer, jobs, faults = Composer(config_dirs), list[Job](), list[Fault]()
     for line in lines:
         told_by = tuple(word for index, word in enumerate(line) if index in varying)
         try:
             path = known.get(line) or known.put(line, composer.config(line))
-            jobs.setdefault(path, Job(tuple(line), told_by, path))
+            jobs.append(Job(tuple(line), told_by, path))
         except ConfigError as error:
             job = " ".join(told_by or line)
             faults += [replace(fault, path=job, message=str(fault)) for fault in error.faults]
     if faults:
         raise ConfigError(faults)
     known.save()
-    return list(jobs.values())
+    return jobs
 
 
 class Composer:
@@ -109,12 +111,20 @@ def _parsed(word: str) -> Override:
     return OverridesParser.create().parse_override(word)
 
 
+def outputs_of(words: Iterable[str]) -> Path:
+    """The root of everything that is written, as a command line says it; of several, the first."""
+    said = [_parsed(word) for word in words if re.match(r"\+*outputs=", word)]
+    if not said:
+        return Path("outputs")
+    values = said[-1].sweep_iterator() if said[-1].is_sweep_override() else iter([said[-1].value()])
+    return Path(str(next(values)))
+
+
 class Folders:
     """Which run folder a command line has, remembered in a file under outputs/sweeps. Only a saving of time: it may vanish."""
 
     def __init__(self, words: Sequence[str], config_dirs: Sequence[str]) -> None:
-        roots = [word.partition("=")[2] for word in words if word.startswith("outputs=")]
-        self.file = Path(roots[-1] if roots else "outputs") / "sweeps" / ".folders.json"
+        self.file = outputs_of(words) / "sweeps" / ".folders.json"
         self.digest = _digest([*_code(), *_yaml([conf_folder(), *map(Path, config_dirs)])])
         self.paths: dict[str, str] = {}
         self.new = False
@@ -130,9 +140,9 @@ class Folders:
         return Path(found) if found else None
 
     def put(self, line: Sequence[str], config: RunConfig) -> Path:
-        """The path of a config; remembered unless modules from elsewhere decide it too."""
+        """The path of a config; remembered unless something else decides it too: modules from elsewhere, folders of images."""
         path = run_path(config)
-        if not config.plugins:
+        if not config.plugins and config.dataset.name not in OF_FILES:
             self.paths["\n".join(line)] = str(path)
             self.new = True
         return path

@@ -42,7 +42,8 @@ def launch(jobs: Sequence[Job], hydra_words: Sequence[str], config_dirs: Sequenc
     folder = jobs[0].sweeps
     here = [f"--config-dir={directory}" for directory in config_dirs]
     said = [{"words": [*here, *job.words], "log": str(job.log)} for job in jobs]
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    for logs in {job.log.parent for job in jobs}:
+        logs.mkdir(parents=True, exist_ok=True)
     table = Path(tempfile.mkdtemp(prefix=".jobs-", dir=folder))  # what each job is, and how it ended
     write_json(table / "jobs.json", {"place": os.getcwd(), "jobs": said})
     numbers = ",".join(map(str, range(len(jobs))))

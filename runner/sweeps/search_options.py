@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runner.compose import own_words, split_options
 from runner.faults import ConfigError, Fault
+from runner.sweeps.jobs import outputs_of
 from runner.sweeps.search_space import Search, read_search
 
 OWN = {"sweep", "search.trials", "search.workers", "search.storage"}
@@ -29,7 +30,7 @@ class Options:
     def folder(self) -> Path:
         """One folder a question: the space, the words of its runs and the goals; how many trials is no part of it."""
         asked = self.search.model_dump(mode="json", exclude={"trials"})
-        text = json.dumps([asked, [w for w in self.words if not w.startswith("outputs=")]], sort_keys=True)
+        text = json.dumps([asked, [w for w in self.words if not w.lstrip("+").startswith("outputs=")]], sort_keys=True)
         return self.root / "searches" / f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -46,7 +47,6 @@ def options_of(words: Sequence[str]) -> Options:
         raise ConfigError([Fault("sweep", "say what to search: sweep=NAME, a file of conf/sweep")])
     found = read_search(said["sweep"], config_dirs)
     found = found.model_copy(update={"trials": _count(said, "search.trials", found.trials)})
-    roots = [word.partition("=")[2] for word in rest if word.startswith("outputs=")]
     return Options(
         name=said["sweep"],
         search=found,
@@ -54,7 +54,7 @@ def options_of(words: Sequence[str]) -> Options:
         config_dirs=config_dirs,
         workers=_count(said, "search.workers", 1),
         storage=said.get("search.storage"),
-        root=Path(roots[-1] if roots else "outputs"),
+        root=outputs_of(rest),
     )
 
 

@@ -34,6 +34,8 @@ class Range(Strict):
             raise ValueError("`log` needs a `from` above 0")
         if self.log and self.step is not None:
             raise ValueError("give either `log` or `step`")
+        if self.step is not None and self.step <= 0:
+            raise ValueError("`step` must be above 0")
         return self
 
     def some(self) -> Scalar:
@@ -166,7 +168,7 @@ def read_search(name: str, config_dirs: Sequence[str] = ()) -> Search:
     except ValidationError as error:
         faults = [(".".join(map(str, e["loc"])), str(e["msg"])) for e in error.errors()]
         raise ConfigError([Fault(f"{known[name]}: {path}", message) for path, message in faults]) from error
-    except (yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError([Fault(str(known[name]), f"cannot be read: {error}")]) from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import hydra
 
 from runner.compose import conf_folder, split_options
-from runner.faults import ConfigError, Exit, Fault, refuse
+from runner.faults import ConfigError, Exit, Fault, refuse, shortened
 from runner.screen import Screen
 from runner.signals import interruptible
 from runner.statistics import Difference, paired_difference, spread
@@ -38,11 +38,15 @@ def sweep(words: Sequence[str]) -> int:
     hydra_words = [word for word in words if word.lstrip("+").startswith(("hydra/", "hydra."))]
     retry, words = _own_words([word for word in words if word not in hydra_words])
     check_launcher(hydra_words)
-    jobs, screen = jobs_of(words, config_dirs), Screen("auto")
+    asked, screen = jobs_of(words, config_dirs), Screen("auto")
+    jobs = list({job.path: job for job in reversed(asked)}.values())[::-1]
     now = {job: standing(job.path) for job in jobs}
     done = {job for job in jobs if now[job].state in (FINAL if retry == "none" else {"done"})}
     todo = [job for job in jobs if job not in done]
     screen.say(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them over already; what they print: {jobs[0].log.parent}")
+    if len(asked) > len(jobs):
+        same = ", ".join(job.label for job in asked if job not in now)
+        screen.say(f"note: left out, as nothing that can change a number tells it from another: {shortened(same)}")
     try:
         with interruptible(), watched(now, todo, screen):
             ended = _until_over(todo, hydra_words, config_dirs)
