@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, create_model
 
 from runner.catalog import MISSING, Component, catalog
-from runner.data.locations import missing
+from runner.data.locations import missing, which_files
 from runner.faults import Absent, ConfigError, Fault, UnknownKey, nearest, shortened
 from runner.relations import relation_faults
 from runner.schema import (
@@ -264,7 +264,7 @@ MEANT = {  # by the kind of pydantic's error, or the model that was missed: the 
     "string_pattern_mismatch": "minutes, such as 10min",
     "Schedule": "a schedule, such as {schedule: cosine, from: 0.1, to: 0}",
 }
-OF_FILES = ("folder", "imagenet")  # data sets whose images may be streamed
+OF_FILES = ("folder", "imagenet")  # data sets that are what lies in a folder; their images may be streamed
 IRRELEVANT = {
     "": {"mode", "name", "outputs", "checkpoint", "epochs", "curve"},
     "regime": {"epochs"},  # trainer.epochs says it
@@ -291,8 +291,8 @@ def config_hash(config: RunConfig) -> str:
             del place[key]
     if config.dataset.name not in OF_FILES:
         raw["dataset"].pop("memory", None)
-    if config.dataset.name == "folder":
-        raw["dataset"]["which"] = config.dataset.arguments.get("root")  # its place is all that tells it from another
+    if which := which_files(config.dataset.name, config.dataset.arguments):
+        raw["dataset"]["which"] = which
     for path, keys in IRRELEVANT.items():
         place = _at(raw, path)
         for key in keys:

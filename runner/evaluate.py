@@ -16,7 +16,7 @@ from runner.data.load import Data, load
 from runner.environment import environment, pick_device, prepare
 from runner.faults import BadData, ConfigError, Fault, MissingInput
 from runner.files import write_json
-from runner.regime import data_setting_at
+from runner.regime import data_setting_at, epochs_begun, first_steps
 from runner.schema import DatasetConfig, RunConfig
 from runner.screen import Screen
 from runner.train import evaluate
@@ -55,7 +55,7 @@ def load_stored(raw: Mapping[str, Any], said: Sequence[str]) -> Stored:
     )
     load_exactly(built.model, weights)
     model = built.model.to(device).eval()
-    return Stored(config, model, data, weights, _sizes(config, model, data.image_size))
+    return Stored(config, model, data, weights, _sizes(config, model, data))
 
 
 def evaluate_stored(raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
@@ -152,12 +152,14 @@ def _measured(
     return figures
 
 
-def _sizes(config: RunConfig, model: nn.Module, image_size: int) -> dict[str, int]:
+def _sizes(config: RunConfig, model: nn.Module, data: Data) -> dict[str, int]:
     """Batch and input size of the last epoch: those of the run's own test, so that the figures agree to the last digit."""
-    setting = data_setting_at(phases_of(config, model)[1], config.total_epochs - 1)
+    phases = phases_of(config, model)[1]
+    epochs = epochs_begun(first_steps(config, phases, len(data.train)), config.trainer.max_steps)
+    setting = data_setting_at(phases, epochs - 1)
     return {
         "batch_size": setting["batch_size"],
-        "input_size": setting["input_size"] or image_size,
+        "input_size": setting["input_size"] or data.image_size,
     }
 
 

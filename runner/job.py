@@ -169,7 +169,7 @@ def _preflight(run: Run) -> None:
     )
     run.screen.table(title, list(SHOWN), [[row[key] for key in SHOWN.values()] for row in rows])
     run.screen.say(_cost_line(cost, run))
-    for remark in filter(None, (*run.remarks, _late_phases(run))):
+    for remark in filter(None, (*run.remarks, _left_out(run), _late_phases(run))):
         run.screen.say(remark)
     run.folder.status(
         "running",
@@ -178,13 +178,24 @@ def _preflight(run: Run) -> None:
         float_bytes=cost.float_bytes,
         packed_bytes=cost.packed_bytes,
         macs=cost.macs,
+        images_left_out=run.data.left_out,
     )
 
 
 def _late_phases(run: Run) -> str:
+    """What the run ends before."""
+    epochs, data = run.epochs_begun, [phase.epoch for phase in run.data_phases]
     if run.phases[0].step is not None:
-        return too_late([phase.step or 0 for phase in run.phases], run.total_steps, "step")
-    return too_late([phase.epoch or 0 for phase in run.phases], run.epochs_begun, "epoch")
+        late = too_late([phase.step or 0 for phase in run.phases], run.total_steps, "step")
+    else:
+        late = too_late([phase.epoch or 0 for phase in run.phases], epochs, "epoch")
+    return "\n".join(filter(None, [late, too_late(data, epochs, "epoch", of="data_regime")]))
+
+
+def _left_out(run: Run) -> str:
+    """Images of a folder that could not be decoded; streamed ones are named as they come."""
+    said = ", ".join(f"{count} of {part}" for part, count in run.data.left_out.items() if count)
+    return f"note: images left out because they cannot be decoded: {said}" if said else ""
 
 
 def _saved_bytes(run: Run, images: Tensor) -> int:
@@ -216,7 +227,7 @@ def _conclude(run: Run) -> None:
     """Test the chosen weights once, write the summary, the weights for sharing and the dashboard."""
     if run.config.trainer.select == "val" and run.best:
         run.evaluated.load_state_dict(run.best)
-    test = evaluate(run.evaluated, run.data.test, run.sizes(run.config.total_epochs - 1), run.check, run.world)
+    test = evaluate(run.evaluated, run.data.test, run.sizes(run.epochs_begun - 1), run.check, run.world)
     run.world.leave(done=True)
     if not math.isfinite(test.loss):
         raise Diverged(f"the weights are lost: the loss on the test set is {test.loss}")
@@ -240,6 +251,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "model": config.model.name,
         "quant": config.quant.name,
         "dataset": config.dataset.name,
+        **({"place": str(Path(config.dataset.arguments["root"]).resolve())} if config.dataset.name == "folder" else {}),
         "seed": config.seed,
         "epochs": p.epoch,
         "steps": p.step,

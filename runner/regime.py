@@ -7,6 +7,7 @@ Phases are placed by epoch or by step; `time` and `end` below count in that unit
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from runner.schema import COMMON, OPTIMIZERS, DataPhase, Phase, RunConfig, Schedule, Value
@@ -91,7 +92,7 @@ def data_setting_at(phases: Sequence[DataPhase], epoch: int) -> Setting:
     return setting
 
 
-def too_late(starts: Sequence[int], length: int, unit: str) -> str:
+def too_late(starts: Sequence[int], length: int, unit: str, of: str = "regime") -> str:
     """One line where phases begin after the run has ended, so that a short run does not keep the first learning rate unnoticed.
 
     >>> too_late([0, 81, 122], 20, "epoch")
@@ -100,8 +101,9 @@ def too_late(starts: Sequence[int], length: int, unit: str) -> str:
     ''
     """
     late = ", ".join(str(start) for start in starts if start >= length)
-    what = f"phases of the regime at {unit} {late} never begin"
-    return f"note: the run ends at {unit} {length}; {what}. regime=cosine fits any length" if late else ""
+    what = f"phases of the {of} at {unit} {late} never begin"
+    advice = ". regime=cosine fits any length" if of == "regime" else ""
+    return f"note: the run ends at {unit} {length}; {what}{advice}" if late else ""
 
 
 def steps_per_epoch(samples: int, batch_size: int, drop_last: bool, world: int = 1) -> int:
@@ -110,25 +112,34 @@ def steps_per_epoch(samples: int, batch_size: int, drop_last: bool, world: int =
     return full + int(rest // world >= 2 and not drop_last)
 
 
+def first_steps(config: RunConfig, phases: Sequence[DataPhase], samples: int, world: int = 1) -> list[int]:
+    """The step at which each epoch begins, and the one after the last, of a run that `max_steps` does not end."""
+    sizes = (data_setting_at(phases, epoch)["batch_size"] for epoch in range(config.total_epochs))
+    return [0, *accumulate(steps_per_epoch(samples, size, config.dataset.drop_last, world) for size in sizes)]
+
+
+def epochs_begun(starts: Sequence[int], max_steps: int | None) -> int:
+    """How many epochs begin before the run ends.
+
+    >>> epochs_begun([0, 10, 20, 30], None), epochs_begun([0, 10, 20, 30], 11), epochs_begun([0, 10, 20, 30], 20)
+    (3, 2, 2)
+    """
+    return sum(start < min(starts[-1], max_steps or starts[-1]) for start in starts[:-1])
+
+
 def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
     """One row an epoch that begins before the run ends: what holds at its start."""
     regime, data = config.regime.phases or [], config.data_regime.phases or []
-    lengths = []
-    for epoch in range(config.total_epochs):
-        batch_size = data_setting_at(data, epoch)["batch_size"]
-        lengths.append(steps_per_epoch(samples, batch_size, config.dataset.drop_last))
-    step = 0
-    for epoch, batches in enumerate(lengths):
-        if step >= (config.trainer.max_steps or math.inf):
-            return
+    starts = first_steps(config, data, samples)
+    for epoch in range(epochs_begun(starts, config.trainer.max_steps)):
+        step, batches = starts[epoch], starts[epoch + 1] - starts[epoch]
         clock = Clock(epoch=epoch, batch=0, batches=batches, step=step)
-        setting = setting_at(regime, clock, epochs=config.total_epochs, steps=sum(lengths))
+        setting = setting_at(regime, clock, epochs=config.total_epochs, steps=starts[-1])
         yield (
             {"epoch": epoch, "step": step}
             | setting
             | {k: v for k, v in data_setting_at(data, epoch).items() if k != "phase"}
         )
-        step += batches
 
 
 def _values(phase: Phase) -> dict[str, Any]:

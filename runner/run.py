@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from runner.objective import Alphas, Objective, mix
 from runner.optim import average_of, optimizer_for
 from runner.preflight import refuse_unfit_images
 from runner.ranks.distributed import Share, World, seed_rank
-from runner.regime import Clock, Setting, data_setting_at, setting_at
+from runner.regime import Clock, Setting, data_setting_at, epochs_begun, first_steps, setting_at
 from runner.schema import DataPhase, RunConfig
 from runner.screen import Screen
 from runner.signals import StopRequest
@@ -105,7 +104,7 @@ class Run:
         self.codes = codes_of(self.model)
         self.best: dict[str, Tensor] = {}
         self.checkpoints = Checkpoints(folder.checkpoints)
-        self._steps_before = [0, *accumulate(self.batches_in(e) for e in range(config.total_epochs))]
+        self._steps_before = first_steps(config, self.data_phases, len(self.data.train), self.world.size)
         self._saved_at, self._save_seconds, self._epoch_began = time.monotonic(), 0.0, time.monotonic()
         self.saved_bytes_per_sample: int | None = None
 
@@ -127,7 +126,7 @@ class Run:
     @property
     def epochs_begun(self) -> int:
         """How many epochs begin before the run ends."""
-        return sum(start < self.total_steps for start in self._steps_before[:-1])
+        return epochs_begun(self._steps_before, self.config.trainer.max_steps)
 
     @property
     def over(self) -> bool:

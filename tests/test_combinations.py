@@ -1,5 +1,6 @@
 """Settings that meet: what one promises must hold beside the other."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runner.faults import ConfigError, Diverged
 from runner.job import train
 from runner.optim import optimizer_for
 from runner.weights import read_weights
+from tests.made_data import write_images
 
 QUIET = ["trainer.progress=none", "trainer.dashboard=none", "trainer.threads=1"]
 SMALL = ["dataset.limit=64", "epochs=1", *QUIET]
@@ -61,6 +63,31 @@ def test_a_teacher_must_take_every_size_of_the_schedule(trained: Any) -> None:
     pupil = ["model=resnet", "model.depth=20", "quant=none", "epochs=2", "name=pupil", sizes]
     with pytest.raises(ConfigError, match=r"distill: 16: the network cannot take images of 16 x 16"):
         trained(*pupil, f"distill={teacher}")
+
+
+def test_a_run_that_ends_early_is_tested_as_it_was_trained(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A data regime whose last phase never begins has no say in the test, nor in a later evaluation."""
+    sizes = "data_regime.phases=[{epoch: 0, batch_size: 32, input_size: 16}, {epoch: 2, input_size: 28}]"
+    net = ["model=resnet", "model.depth=20", "quant=none"]
+    found = trained(*net, "epochs=3", sizes, "trainer.max_steps=2", "trainer.progress=plain")
+    assert "phases of the data_regime at epoch 2 never begin" in " ".join(capsys.readouterr().out.split())
+    plain = sizes.partition(", {epoch: 2")[0] + "]"
+    short = trained(*net, "epochs=3", plain, "trainer.max_steps=2", "name=short")
+    losses = [json.loads((folder / "summary.json").read_bytes())["test_loss"] for folder in (found, short)]
+    assert losses[0] == losses[1]
+    assert run(["evaluate", f"checkpoint={found}", "trainer.progress=none"]) == 0
+    assert json.loads((found / "evaluation.json").read_bytes())["test_loss"] == losses[0]
+
+
+def test_what_is_left_out_is_told_every_time(tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "photos", ["a", "b"], 12, (28, 28))
+    (tmp_path / "photos/a/999.png").write_text("no image")
+    words = ["dataset=folder", f"dataset.root={tmp_path / 'photos'}", "dataset.on_bad=skip", "batch_size=8"]
+    for seed in range(2):  # the second one reads the stored copy
+        found = trained(*words, f"seed={seed}", "trainer.progress=plain")
+        assert "left out because they cannot be decoded: 1 of " in " ".join(capsys.readouterr().out.split())
+        assert sum(json.loads((found / "status.json").read_bytes())["images_left_out"].values()) == 1
+    assert (tmp_path / "cache").is_dir(), "beside the runs"
 
 
 def test_pretrained_steps_stay_where_their_number_of_bits_does(trained: Any) -> None:

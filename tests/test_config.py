@@ -274,6 +274,29 @@ def test_the_hash_depends_on_what_can_change_a_number() -> None:
     assert len({*hashes, config_hash(check(BASE))}) == len(MATTERS) + 1
 
 
+def test_images_in_folders_are_known_by_their_place_and_imagenet_by_its_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for root in ("a/data", "b/data"):
+        for split in ("train", "val"):
+            for name in ("n01", "n02", "n03")[: 2 if root == "a/data" else 3]:
+                (tmp_path / root / split / name).mkdir(parents=True)
+                for k in range(4):
+                    (tmp_path / root / split / name / f"{k}.JPEG").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a/data")
+
+    def named(dataset: str, root: str) -> str:
+        words = [f"dataset={dataset}", f"dataset.root={root}", "dataset.decode_size=28", "batch_size=2"]
+        return config_hash(config_from(words))
+
+    monkeypatch.chdir(tmp_path / "a")
+    here = [named("folder", root) for root in ("data", "data/", str(tmp_path / "a/data"), "../link")]
+    subset = named("imagenet", "data")
+    monkeypatch.chdir(tmp_path / "b")
+    assert len({*here, named("folder", "data")}) == 2
+    assert len({subset, named("imagenet", "../link"), named("imagenet", "data")}) == 2
+
+
 @pytest.mark.parametrize(("key", "value"), CHANGES_NOTHING.items())
 def test_the_hash_does_not_depend_on_how_a_run_is_executed(key: str, value: Any) -> None:
     assert config_hash(check(changed(**{key: value}))) == config_hash(check(BASE))

@@ -442,7 +442,8 @@ def test_a_bad_image_stops_the_run_and_is_named_or_is_left_out_and_counted(
     made = images(root, on_bad="skip", **keys)
     found = batches(made.train)
     assert sum(len(labels) for _, labels in found) == 23
-    assert made.train.skipped == 1
+    told = len(made.train.bad) if isinstance(made.train, StreamSource) else made.left_out["train"]
+    assert told == 1
     assert_equal(found, batches(images(root, on_bad="skip", **keys).train))
 
 
@@ -465,8 +466,31 @@ def test_a_set_of_bad_images_only(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="none of the 24 images can be read"):
         images(root, on_bad="skip", decode_size=16)
     made = images(root, on_bad="skip", decode_size=16, memory="never", mean=[0.5] * 3, std=[0.5] * 3)
-    with pytest.raises(BadData, match="a whole batch"):
+    with pytest.raises(BadData, match="images of a batch"):
         batches(made.train)
+
+
+def test_a_link_to_nowhere_is_a_bad_image_and_a_name_may_be_any_bytes(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    images(root)
+    os.rename(root / "train/a/000.png", os.fsencode(root / "train/a") + b"/\xff.png")
+    with_cache = {"cache": str(tmp_path / "cache"), "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert images(root, **with_cache).left_out == {"train": 0, "test": 0}
+    (root / "train/a/zzz.png").symlink_to("/nowhere.png")
+    with pytest.raises(BadData, match=r"zzz\.png"):
+        images(root, **with_cache)
+    assert images(root, on_bad="skip", **with_cache).left_out == {"train": 1, "test": 0}
+    streamed = images(root, on_bad="skip", memory="never", decode_size=16, validation="test", **with_cache)
+    assert [len(labels) for _, labels in batches(streamed.train, batch_size=25)] == [24]
+
+
+def test_one_image_that_is_left_of_a_streamed_batch_stops_the_run(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    images(root)
+    a_text(root / "train" / "a" / "003.png")
+    keys = {"memory": "never", "decode_size": 16, "validation": "test", "mean": [0.5] * 3, "std": [0.5] * 3}
+    with pytest.raises(BadData, match="of the 2 images of a batch 1 could not be read"):
+        batches(images(root, on_bad="skip", **keys).train, batch_size=2)
 
 
 # The cache of decoded images
@@ -582,7 +606,7 @@ def test_a_cache_made_with_skip_does_not_hide_a_bad_image(tmp_path: Path, decode
     decoder.calls = 0
     second = cached(tmp_path, on_bad="skip")
     assert decoder.calls == 0
-    assert first.train.skipped == second.train.skipped == 1
+    assert first.left_out == second.left_out == {"train": 1, "test": 0}
     assert_equal(batches(first.train), batches(second.train))
     with pytest.raises(BadData, match=r"003\.png"):
         cached(tmp_path)

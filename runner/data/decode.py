@@ -185,8 +185,12 @@ def _source_fingerprint(files: Files) -> str:
     """Changes with any file's name, size or time of change."""
     digest = hashlib.sha256()
     for name in files.names:
-        stat = os.stat(files.root / name)
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        try:
+            stat = os.stat(files.root / name)
+            state = f"{stat.st_size}\0{stat.st_mtime_ns}"
+        except OSError:  # a link to nowhere, say: what to do with it is for those who open it
+            state = "absent"
+        digest.update(os.fsencode(name) + f"\0{state}\n".encode())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,13 @@ class Data:
     fingerprint: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    left_out: dict[str, int]  # by part: images that could not be decoded; of those in memory
 
 
 def load(config: DatasetConfig, *, device: torch.device) -> Data:
     """Read, decode or open, split and measure a data set."""
     images = reader(config.name)(**config.arguments)
-    parts, skipped = _decode(images, config)
+    parts, left_out = _decode(images, config)
     train_index, val_index = _split(parts["train"], config, own_validation="val" in parts)
     image_size = config.input_size or _side(parts["train"])
     mean, std = _statistics(parts["train"], train_index, image_size, config)
@@ -56,7 +58,7 @@ def load(config: DatasetConfig, *, device: torch.device) -> Data:
         index = torch.arange(len(content.labels)) if index is None else index
         recipe = Recipe(augment, normalise, image_size, device, train, config.drop_last)
         if isinstance(content, Pixels):
-            return MemorySource(content, index, recipe, skipped[part])
+            return MemorySource(content, index, recipe)
         return StreamSource(content, index, recipe, config.workers)
 
     test = source("test")
@@ -67,7 +69,7 @@ def load(config: DatasetConfig, *, device: torch.device) -> Data:
     else:
         val = source("train", val_index)
     train = source("train", train_index, train=True)
-    return Data(train, val, test, images.classes, len(mean), image_size, fingerprint, mean, std)
+    return Data(train, val, test, images.classes, len(mean), image_size, fingerprint, mean, std, left_out)
 
 
 def _decode(images: Images, config: DatasetConfig) -> tuple[dict[str, Content], dict[str, int]]:
@@ -75,13 +77,13 @@ def _decode(images: Images, config: DatasetConfig) -> tuple[dict[str, Content], 
     parts: dict[str, Content] = {"train": images.train, "test": images.test}
     if images.val is not None:
         parts["val"] = images.val
-    skipped = dict.fromkeys(parts, 0)
+    left_out = dict.fromkeys(parts, 0)
     stream = _must_stream([part for part in parts.values() if isinstance(part, Files)], config)
     for name, content in parts.items():
         if isinstance(content, Files) and not stream:
             decoded = decode_all(content, Path(config.cache) if config.cache else None, config.workers)
-            parts[name], skipped[name] = decoded.pixels, len(decoded.bad)
-    return parts, skipped
+            parts[name], left_out[name] = decoded.pixels, len(decoded.bad)
+    return parts, left_out
 
 
 def _must_stream(parts: list[Files], config: DatasetConfig) -> bool:
@@ -180,6 +182,14 @@ def _fingerprint(parts: Mapping[str, Content], classes: tuple[str, ...]) -> str:
             digest.update(content.pixels.contiguous().numpy().reshape(-1).data)
         else:
             for file in content.names:
-                digest.update(f"{name} {file} {(content.root / file).stat().st_size}\n".encode())
+                digest.update(f"{name} ".encode() + os.fsencode(file) + f" {_size(content.root / file)}\n".encode())
         digest.update(content.labels.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none, which is for those to judge who open it."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

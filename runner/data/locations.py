@@ -118,6 +118,23 @@ def missing(name: str, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def which_files(name: str, arguments: Mapping[str, Any]) -> str:
+    """What tells images in folders from others of the same data set, before one is read; nothing where the name says it all.
+
+    A folder of one's own is known by its place, however that is written; of ImageNet, which lies elsewhere on every
+    machine, people take subsets: by the names of its classes.
+    """
+    root = Path(str(arguments.get("root", "data")))
+    if name == "folder":
+        return str(root.resolve())
+    if name != "imagenet":
+        return ""
+    try:
+        return " ".join(class_folders(root / "train"))
+    except OSError:  # not there yet: the check of the config says so
+        return ""
+
+
 def train_samples(name: str, arguments: Mapping[str, Any]) -> int | None:
     """Images in a training epoch; None where counting them would take long.
 

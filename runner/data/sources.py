@@ -14,7 +14,7 @@ from torch import Tensor
 from runner.data.augment import Augment, Draw, Normalise, crop_boxes, resize, resized_crop
 from runner.data.datasets import Files, Pixels
 from runner.data.decode import BadImageError, refuse
-from runner.data.stream import Reply, Request, Stream
+from runner.data.stream import TEST_CROP, Reply, Request, Stream
 from runner.faults import BadData
 from runner.regime import steps_per_epoch
 
@@ -59,11 +59,6 @@ class Source(ABC):
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
-    @abstractmethod
-    def skipped(self) -> int:
-        """Images left out because they could not be decoded, as far as is known by now."""
-
     def steps(self, batch_size: int, world: int = 1) -> int:
         """Batches of one pass; in training the same number in each of `world` processes."""
         if self.recipe.train:
@@ -104,13 +99,9 @@ class Source(ABC):
 class MemorySource(Source):
     """Batches of images that lie on the device."""
 
-    def __init__(self, content: Pixels, index: Tensor, recipe: Recipe, skipped: int) -> None:
+    def __init__(self, content: Pixels, index: Tensor, recipe: Recipe) -> None:
         super().__init__(index, recipe)
-        self.content, self._skipped = content, skipped
-
-    @property
-    def skipped(self) -> int:
-        return self._skipped
+        self.content = content
 
     def _read(self, shares: Iterator[Tensor], draw: Draw | None, size: int) -> Iterator[Batch]:
         for samples in shares:
@@ -126,11 +117,12 @@ class StreamSource(Source):
         super().__init__(index, recipe)
         self.content = content
         self.stream = Stream(content, recipe.augment.scale, workers, pin_memory=recipe.device.type == "cuda")
-        self.bad: set[str] = set()
+        self.bad: set[str] = set()  # names of those that could not be decoded, as far as is known by now
 
     @property
-    def skipped(self) -> int:
-        return len(self.bad)
+    def test_crop(self) -> float:
+        """The side of the square that is tested on, as a share of the image's shorter side."""
+        return TEST_CROP if self.recipe.augment.scale and self.content.decode_size is None else 1.0
 
     def _read(self, shares: Iterator[Tensor], draw: Draw | None, size: int) -> Iterator[Batch]:
         for reply in self.stream.replies(Request(tuple(samples.tolist()), size, draw) for samples in shares):
@@ -144,12 +136,13 @@ class StreamSource(Source):
             yield x, self.content.labels[reply.samples].to(self.recipe.device, non_blocking=True)
 
     def _note(self, reply: Reply) -> None:
-        """Stop at a bad image, or count it."""
+        """Stop at a bad image, or leave it out; a training batch needs two (batch norm has no variance of one)."""
         for name, reason in reply.bad:
             if self.content.on_bad == "stop":
                 raise refuse(self.content, BadImageError(name, reason))
             if name not in self.bad:
                 log.warning("left out %s: %s", self.content.root / name, reason)
             self.bad.add(name)
-        if self.recipe.train and not len(reply.samples):
-            raise BadData(f"{self.content.root}: a whole batch of images could not be read")
+        if self.recipe.train and reply.bad and len(reply.samples) < 2:
+            count = len(reply.samples) + len(reply.bad)
+            raise BadData(f"{self.content.root}: of the {count} images of a batch {len(reply.bad)} could not be read")
