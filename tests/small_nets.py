@@ -31,3 +31,16 @@ def after_two_steps(
         F.cross_entropy(net(torch.randn(8, channels, size, size)), torch.randint(10, (8,))).backward()
         optimizer.step()
     return net
+
+
+class Woven(nn.Module):
+    """The same value at two places of one concatenation, and twice in a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.a(x), self.b(x)
+        y = torch.cat([a, b, a], 1)
+        return self.fc((y + y).mean((2, 3)))  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_nets import KEPT, after_two_steps
+from small_nets import KEPT, Woven, after_two_steps
 from torch import nn
 
 from models.base import build
@@ -186,6 +186,13 @@ def test_layers_without_a_plain_form_are_listed_by_name() -> None:
     assert "norm: LayerNorm has no plain form" in text
     assert "entr" in text
     assert "fc" not in text
+
+
+def test_a_value_that_is_read_twice_stays_at_its_places() -> None:
+    torch.manual_seed(0)
+    net, images = Woven().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(PackedModel(graph_of(net, 8))(images), net(images))
 
 
 def test_a_network_that_looks_at_its_input_is_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_nets import after_two_steps
+from small_nets import Woven, after_two_steps
 from torch import nn
 
 onnx = pytest.importorskip("onnx")
@@ -32,11 +32,18 @@ def exported(
     """A network after two steps, its file, and images for it."""
     channels, size = (1, 28) if model == "lenet5" else (3, 16)
     net = after_two_steps(model, quant, size, channels, **settings)
+    content, remarks = written(net, channels, size, model, quant)
+    return net, content, torch.randn(16, channels, size, size), remarks
+
+
+def written(
+    net: nn.Module, channels: int, size: int, model: str = "made", quant: str = "none"
+) -> tuple[bytes, tuple[str, ...]]:
+    """The file of a network, and what is said about it."""
     data = SimpleNamespace(in_channels=channels, classes=tuple("0123456789"), mean=(0.0,), std=(1.0,))
     config = SimpleNamespace(model=SimpleNamespace(name=model), quant=SimpleNamespace(name=quant))
     stored: Any = SimpleNamespace(model=net.eval(), sizes={"input_size": size}, data=data, config=config)
-    content, remarks = onnx_bytes(stored)
-    return net, content, torch.randn(16, channels, size, size), remarks
+    return onnx_bytes(stored)
 
 
 @pytest.mark.parametrize(("model", "quant", "settings"), CASES, ids=str)
@@ -88,3 +95,10 @@ def test_the_sign_of_zero_is_plus_one() -> None:
 def test_grids_without_an_integer_zero_point_are_named() -> None:
     _, _, _, remarks = exported("lenet5", "lsq", {"preset": "plus"})
     assert any(remark.startswith("conv2.input: its grid has no integer zero point") for remark in remarks)
+
+
+def test_a_value_that_is_read_twice_stays_at_its_places() -> None:
+    torch.manual_seed(0)
+    net, images = Woven(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(session(written(net, 3, 8)[0])(images), net(images), rtol=1e-4, atol=1e-5)

@@ -98,7 +98,10 @@ class _Walk:
             raise NotPlain(f"{function} with arguments {arguments} {dict(node.kwargs)}") from error
 
     def _inputs(self, node: fx.Node) -> list[int]:
-        return [self.values[source] for source in node.all_input_nodes for _ in range(_times(node, source))]
+        """One value for each argument, in their order: x + x reads x twice, and [a, b, a] is not [a, a, b]."""
+        sources: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), sources.append)
+        return [self.values[source] for source in sources]
 
     def _emitter(self, name: str) -> Emit:
         taken = {node.name for node in self.nodes}
@@ -114,13 +117,6 @@ class _Walk:
             return len(self.nodes)
 
         return emit
-
-
-def _times(node: fx.Node, source: fx.Node) -> int:
-    """How often `source` is an argument of `node`: x + x reads it twice."""
-    arguments: list[Any] = []
-    fx.node.map_arg((node.args, node.kwargs), arguments.append)
-    return arguments.count(source)
 
 
 # ---- functions between layers ----------------------------------------------------------------------------------------
