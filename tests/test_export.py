@@ -17,7 +17,7 @@ from torch import nn
 from models.base import build
 from quant import kernels
 from quant.base import FLOAT, QuantizedLayer, find
-from quant.inference import PackedModel
+from quant.inference import BadPackedFile, PackedModel
 from quant.inference.file import to_bytes
 from quant.inference.graph import Graph, Node, Preprocessing, coded
 from quant.surgery import MATMUL, calibrate_, quantize_
@@ -28,7 +28,7 @@ from runner.export.parity import Bound, Parity, compare, explained
 from runner.export.trace import trace
 from runner.faults import BadData
 from runner.job import train
-from runner.weights import read_weights
+from runner.weights import read_weights, save_weights
 
 QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("none", {}), ("xnor", {}), ("xnor", {"input_scale": True}), ("xnor", {"binary_activations": False}),
@@ -291,6 +291,37 @@ def test_a_bound_says_what_is_outside_of_it() -> None:
     assert Parity(images=1, largest_logit_difference=float("inf")).faults(Bound(0, logit_difference=1e9))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_answers_that_mean_nothing_are_no_agreement(number: float) -> None:
+    """The place of NaN is the same in both, and so is the answer."""
+
+    def odd(images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[0.0, number]]).expand(len(images), 2)
+
+    parity = compare(odd, odd, Given(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)), {})
+    assert parity.faults(Bound(agreement=100)) == ["3 of 3 answers hold logits that are not finite"]
+
+
+def diverged(quant: str, **settings: Any) -> nn.Module:
+    net = trained("lenet5", quant, 28, 1, **settings)
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(float("nan"))
+    return net
+
+
+@pytest.mark.parametrize(("quant", "settings"), QUANTIZERS, ids=str)
+def test_a_network_that_diverged_is_refused_layer_by_layer(quant: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(BadData, match=r"conv2(\.input)?: not all numbers of its .* are finite"):
+        trace(diverged(quant, **settings))
+
+
+def test_a_number_that_no_packed_file_holds_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 10), nn.Hardtanh(0, float("inf")))
+    with pytest.raises(BadPackedFile, match=r"2 \(clamp\): high is inf"):
+        to_bytes(graph_of(net, 2, 1))
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 SMALL = ["trainer.progress=none", "trainer.dashboard=none", "trainer.threads=1", "epochs=2"]
@@ -359,6 +390,33 @@ def test_what_fails_its_bound_is_not_written(
     words = [f"checkpoint={runs['xnor']}", "format=onnx", "difference=0", f"out={tmp_path / 'net.onnx'}"]
     assert run(["export", *words]) == 65
     assert "nothing is written: on the 288 validation images logits differ by up to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wanted", ["packed", "onnx", "safetensors"])
+def test_what_diverged_is_not_written(
+    wanted: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if wanted == "onnx":
+        pytest.importorskip("onnxruntime")
+    weights = read_weights(runs["xnor"])
+    odd = {name: torch.full_like(t, float("nan")) if name == "fc2.bias" else t for name, t in weights.tensors.items()}
+    assert "fc2.bias" in odd
+    save_weights(tmp_path / "odd.safetensors", odd, weights.config)
+    out = tmp_path / "net"
+    assert run(["export", f"checkpoint={tmp_path / 'odd.safetensors'}", f"format={wanted}", f"out={out}"]) == 65
+    error = capsys.readouterr().err
+    assert "finite" in error
+    assert "Traceback" not in error
+    assert {path.name for path in tmp_path.iterdir()} == {"odd.safetensors"}
+
+
+def test_a_size_that_no_packed_file_holds_ends_with_65(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("quant.inference.attributes.LARGEST_SIDE", 1)
+    assert run(["export", f"checkpoint={runs['xnor']}", "format=packed", f"out={tmp_path / 'net'}"]) == 65
+    assert "cannot be exported as a packed file: pool1 (max_pool2d): kernel is [2, 2]" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

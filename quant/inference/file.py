@@ -11,7 +11,7 @@ file does not hold: no pickle, no compression, no code, bounded sizes; whatever 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -41,7 +41,8 @@ class BadPackedFile(ValueError):
 
 
 def to_bytes(graph: Graph) -> bytes:
-    """The file of a graph. The same graph gives the same bytes."""
+    """The file of a graph. The same graph gives the same bytes. Raises BadPackedFile for an attribute that JSON does not hold."""
+    _refuse_infinite(graph.nodes)
     tensors = {f"{node.name}.{key}": t for node in graph.nodes for key, t in node.tensors.items()}
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {
@@ -58,6 +59,13 @@ def to_bytes(graph: Graph) -> bytes:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256(text + data).hexdigest()
     return len(text).to_bytes(8, "little") + text.replace(NO_DIGEST.encode(), digest.encode()) + data
+
+
+def _refuse_infinite(nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        for key, value in node.attrs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise BadPackedFile(f"{node.name} ({node.op}): {key} is {value}, accepted: a finite number")
 
 
 def _described(graph: Graph) -> dict[str, Any]:

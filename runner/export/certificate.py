@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_safetensors
 
-from quant.inference import PackedModel
+from quant.inference import BadPackedFile, PackedModel
 from runner.build import build
 from runner.environment import environment
 from runner.evaluate import Stored, why_float
@@ -78,8 +78,11 @@ def write(made: Made, target: Path) -> None:
 
 
 def _packed(stored: Stored) -> tuple[bytes, Network, tuple[str, ...]]:
-    content = packed_bytes(stored)
-    model = PackedModel.from_bytes(content)
+    try:
+        content = packed_bytes(stored)
+        model = PackedModel.from_bytes(content)
+    except BadPackedFile as error:  # a size or a number beyond what such a file holds
+        raise BadData(f"the network cannot be exported as a packed file: {error}") from error
     return content, model, (f"kernel: {model.kernel}{why_float(model)}",)
 
 

@@ -188,6 +188,8 @@ def _learned_codes(emit: Emit, quantizer: StepQuantizer, x: int) -> int:
 def _range_codes(emit: Emit, measured: RunningRange, x: int) -> int:
     if not int(measured.batches):
         raise NotPlain("its ranges were never measured; train it first")
+    if not bool(measured.low.isfinite() & measured.high.isfinite()):
+        raise NotPlain("not all numbers of its ranges are finite")
     g = grid(measured.low, measured.high, measured.bits, measured.zero_exact)
     zero, top, step = int(g.offset) if g.zero_exact else 0, 2**measured.bits - 1, _short(g.step)
     attrs: dict[str, Any] = {"step": step, "low": -zero, "high": top - zero}

@@ -47,6 +47,8 @@ class Parity:
     largest_logit_difference: float = 0.0
     different: list[dict[str, Any]] = field(default_factory=list)
     unexplained: int = 0
+    not_finite: int = 0
+    """Images for which a logit of either network is none: their answers mean nothing, also where they are equal."""
 
     @property
     def top1_delta(self) -> float:
@@ -56,6 +58,8 @@ class Parity:
         """Where the figures are outside of the bound."""
         agreement = 100 * (1 - self.unexplained / self.images)
         found = []
+        if self.not_finite:
+            found.append(f"{self.not_finite} of {self.images} answers hold logits that are not finite")
         if agreement < bound.agreement:
             found.append(
                 f"{self.unexplained} of {self.images} answers differ; at least {bound.agreement:g} % must agree"
@@ -79,6 +83,7 @@ def compare(trained: Network, exported: Network, source: Source, sizes: dict[str
     twin = PackedModel(exported.graph, packed=False) if isinstance(exported, PackedModel) else None
     for images, labels in source.batches(seed=0, epoch=0, **sizes):
         first, second = trained(images).float(), exported(images).float()
+        parity.not_finite += int((~(first.isfinite() & second.isfinite()).all(1)).sum())
         answers = first.argmax(1), second.argmax(1)
         losses = (F.cross_entropy(logits, labels, reduction="sum").double() for logits in (first, second))
         right = ((answer == labels).sum().double() for answer in answers)

@@ -113,10 +113,19 @@ class _Walk:
             op: str, inputs: list[int], attrs: Attrs | None = None, tensors: Tensors | None = None, part: str = ""
         ) -> int:
             plain = {key: t.detach().clone().contiguous() for key, t in (tensors or {}).items() if t is not None}
+            _refuse_odd_numbers(attrs or {}, plain)
             self.nodes.append(Node(op, f"{used}.{part}" if part else used, tuple(inputs), attrs or {}, plain))
             return len(self.nodes)
 
         return emit
+
+
+def _refuse_odd_numbers(attrs: Attrs, tensors: Tensors) -> None:
+    """Raises NotPlain for a network that diverged: no format holds what it is, and NaN would agree with NaN."""
+    odd = [key for key, t in tensors.items() if t is not None and not bool(t.isfinite().all())]
+    odd += [key for key, value in attrs.items() if value != value]
+    if odd:
+        raise NotPlain(f"not all numbers of its {', '.join(odd)} are finite")
 
 
 # ---- functions between layers ----------------------------------------------------------------------------------------
