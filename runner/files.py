@@ -19,27 +19,48 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
 
     Raises StorageError with the number of bytes needed; the old file stays, the temporary one is removed.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    write_together({path: content}, durable=durable)
+
+
+def write_together(contents: Mapping[Path, bytes], *, durable: bool = True) -> None:
+    """The same of several files: all of them are written before the first takes its name, so a full disk changes none."""
+    temporaries: dict[Path, Path] = {}
+    path = Path()
     try:
-        temporary.unlink(missing_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
-        try:
-            write_all(handle, content)
+        for path, content in contents.items():
+            if path.is_dir() and not path.is_symlink():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            temporaries[path] = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+            _write_new(temporaries[path], content, durable)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
             if durable:
-                os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, path)
-        if durable:
-            sync_folder(path.parent)
+                sync_folder(path.parent)
     except OSError as error:
-        remove(temporary)
-        raise StorageError(f"{path}: could not write {len(content):,} bytes: {reason(error)}") from error
+        for temporary in temporaries.values():
+            remove(temporary)
+        raise StorageError(f"{path}: could not write {len(contents[path]):,} bytes: {reason(error)}") from error
+
+
+def _write_new(path: Path, content: bytes, durable: bool) -> None:
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
+    try:
+        write_all(handle, content)
+        if durable:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
     """A JSON file, whole or not at all."""
-    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode(), durable=durable)
+    write_atomic(path, json_bytes(value), durable=durable)
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """The content of such a file."""
+    return (json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode()
 
 
 def write_all(handle: int, content: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import largest_file
 from hypothesis import given
 from hypothesis import strategies as st
 from small_nets import KEPT, Woven, after_two_steps
@@ -23,10 +24,11 @@ from quant.inference.graph import Graph, Node, Preprocessing, coded
 from quant.surgery import MATMUL, calibrate_, quantize_
 from runner.cli import run
 from runner.compose import config_from
+from runner.export.certificate import Made, write
 from runner.export.fold import change, fold
 from runner.export.parity import Bound, Parity, compare, explained
 from runner.export.trace import trace
-from runner.faults import BadData
+from runner.faults import BadData, StorageError
 from runner.job import train
 from runner.weights import read_weights, save_weights
 
@@ -425,6 +427,19 @@ def test_a_disk_that_is_full_leaves_nothing(runs: dict[str, Path], small_disk: P
     before = set(small_disk.iterdir())
     assert run(["export", f"checkpoint={runs['xnor']}", "format=packed", f"out={small_disk / 'net'}"]) == 74
     assert set(small_disk.iterdir()) == before
+
+
+@pytest.mark.parametrize("in_the_way", [False, True], ids=["a quota", "a folder of that name"])
+def test_an_export_that_cannot_be_written_leaves_the_one_before(in_the_way: bool, tmp_path: Path) -> None:
+    target = tmp_path / "net"
+    write(Made(b"before", Parity(), {"says": "before"}, ()), target)
+    if in_the_way:
+        target.unlink()
+        target.mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with largest_file(1 << 12), pytest.raises(StorageError, match=f"{target}: could not write"):
+        write(Made(bytes(1 if in_the_way else 1 << 16), Parity(), {"says": "after"}, ()), target)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_a_format_whose_packages_are_missing_says_what_to_install(

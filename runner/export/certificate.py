@@ -15,8 +15,8 @@ from runner.environment import environment
 from runner.evaluate import Stored, why_float
 from runner.export.packed import packed_bytes
 from runner.export.parity import Bound, Network, Parity, compare
-from runner.faults import BadData, StorageError
-from runner.files import remove, write_atomic, write_json
+from runner.faults import BadData
+from runner.files import json_bytes, write_together
 from runner.weights import weights_bytes
 
 ALIKE = Bound(agreement=99, top1_delta=0.5)  # where another order of a sum may move a value to the next code
@@ -67,14 +67,12 @@ def certified(stored: Stored, wanted: str, bounds: Mapping[str, float]) -> Made:
 
 
 def write(made: Made, target: Path) -> None:
-    """The file and its certificate; where one cannot be written, neither is left."""
+    """The file and its certificate; where one cannot be written, neither is, and those of an earlier export stay.
+
+    Raises StorageError.
+    """
     beside = target.with_name(f"{target.name}.parity.json")
-    try:
-        write_json(beside, made.facts, durable=True)
-        write_atomic(target, made.content)
-    except StorageError:
-        remove(beside)
-        raise
+    write_together({beside: json_bytes(made.facts), target: made.content})
 
 
 def _packed(stored: Stored) -> tuple[bytes, Network, tuple[str, ...]]:
