@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from quant.inference import BadPackedFile, PackedModel, looks_packed
+from quant.inference.attributes import whole
 from runner.build import build, phases_of
 from runner.config import check
 from runner.data.load import Data, load
 from runner.environment import environment, pick_device, prepare
-from runner.faults import BadData, ConfigError, Fault, MissingInput
+from runner.faults import BadData, ConfigError, Fault, MissingInput, shortened
 from runner.files import write_json
 from runner.regime import data_setting_at, epochs_begun, first_steps
 from runner.schema import DatasetConfig, RunConfig
@@ -84,11 +85,20 @@ def _evaluate_packed(path: Path, raw: Mapping[str, Any], said: Sequence[str]) ->
             f"{path}: made for {take.channels} channels and {len(model.classes)} classes, the data set has {given}"
         )
     said_size = raw["batch_size"] if "batch_size" in said else None
-    sizes = {"batch_size": said_size or int(model.about.get("batch_size", 128)), "input_size": take.size}
+    sizes = {"batch_size": said_size or _batch_size_of(model, path), "input_size": take.size}
     screen.say(f"packed network: {model.nbytes:,} bytes of tensors, kernel {model.kernel}" + why_float(model))
     return _measured(
         Wrapped(model), data, sizes, str(path), config, path.with_name(f"{path.name}.evaluation.json"), screen
     )
+
+
+def _batch_size_of(model: PackedModel, path: Path) -> int:
+    """That of its run, as its file says. Raises BadData where that is no batch size."""
+    size = model.about.get("batch_size", 128)
+    wanted = whole(1)(size)
+    if wanted is not None:
+        raise BadData(f"{path}: about.batch_size is {shortened(size)}, accepted: {wanted}")
+    return int(size)
 
 
 def why_float(model: PackedModel) -> str:

@@ -13,6 +13,7 @@ from conftest import largest_file
 from hypothesis import given
 from hypothesis import strategies as st
 from small_nets import KEPT, Woven, after_two_steps
+from test_inference import resealed, set_in
 from torch import nn
 
 from models.base import build
@@ -383,6 +384,19 @@ def test_a_packed_file_is_evaluated_as_its_run_was(runs: dict[str, Path], tmp_pa
     other = json.loads((tmp_path / f"{out.name}.evaluation.json").read_text())
     assert other["test_loss"] != found["test_loss"]
     assert run(["evaluate", f"checkpoint={out}", "dataset=synthetic", "dataset.channels=1", "dataset.classes=4"]) == 65
+
+
+@pytest.mark.parametrize("size", ["abc", [3], 0, -3, 1.5, 1 << 40])
+def test_a_packed_file_with_an_odd_batch_size_is_refused(
+    size: Any, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "net"
+    assert run(["export", f"checkpoint={runs['xnor']}", "format=packed", f"out={out}"]) == 0
+    out.write_bytes(resealed(out.read_bytes(), set_in("graph/about/batch_size", size)))
+    words = ["evaluate", f"checkpoint={out}", "trainer.progress=none"]
+    assert run(words) == 65
+    assert f"{out}: about.batch_size is {size!r}, accepted: a whole number" in capsys.readouterr().err
+    assert run([*words, "batch_size=64"]) == 0
 
 
 def test_what_fails_its_bound_is_not_written(

@@ -215,6 +215,15 @@ def attribute(node: int, **values: Any) -> Callable[[dict[str, Any], dict[str, A
     return change
 
 
+def becomes(node: int, kind: str, **attrs: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Another operation in the place of one."""
+
+    def change(_: dict[str, Any], described: dict[str, Any]) -> None:
+        described["nodes"][node] = [kind, *described["nodes"][node][1:3], attrs]
+
+    return change
+
+
 def test_resealing_alone_changes_nothing(graph: Graph) -> None:
     assert PackedModel.from_bytes(resealed(to_bytes(graph), lambda *_: None)).classes == graph.classes
 
@@ -255,6 +264,13 @@ ODD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
     "unknown type": (set_in("header/stem.weight/dtype", "F64"), "F64"),
     "offsets that overlap": (set_in("header/stem.weight/data_offsets", [0, 2160]), "leave a gap"),
     "offsets that are none": (set_in("header/stem.weight/data_offsets", "all"), "not described"),
+    "a type that is a list": (set_in("header/stem.weight/dtype", ["F32"]), "is not accepted; types"),
+    "a shape that is a text": (set_in("header/stem.weight/shape", "20"), "is not accepted; types"),
+    "a limit of many digits": (becomes(1, "clamp", low=1 - 10**400, high=0), "low is -9999"),
+    "a limit beyond float32": (becomes(1, "clamp", low=-1e300, high=0), "low is -1e+300, accepted: a finite number of float32"),
+    "a step that float32 rounds to 0": (becomes(1, "quantize", step=1e-60, low=0, high=1), "step is 1e-60"),
+    "a mean of many digits": (set_in("graph/input/mean", [10**400 - 1, 0, 0]), "input: makes no sense"),
+    "a deviation beyond float32": (set_in("graph/input/std", [1e39, 1, 1]), "input: makes no sense"),
     "a tensor of nobody": (set_in("graph/nodes/8/1", "other"), "tensors belong to none"),
 }  # fmt: skip
 
@@ -266,6 +282,16 @@ def test_sealed_nonsense_is_refused(name: str, graph: Graph) -> None:
     with pytest.raises(BadPackedFile) as caught:
         PackedModel.from_bytes(content)
     assert says in str(caught.value)
+
+
+def test_a_checksum_that_is_no_text_is_refused(graph: Graph) -> None:
+    content = to_bytes(graph)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["sha256"] = "\ud800" * 64
+    text = json.dumps(header).encode()
+    with pytest.raises(BadPackedFile, match="it has no checksum"):
+        from_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
 def test_a_bomb_made_of_a_pool_is_refused(graph: Graph) -> None:

@@ -1,11 +1,11 @@
 """Checks of attributes that come from a file: each says what is accepted, or None where the value is fine."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 Check = Callable[[Any], str | None]
 LARGEST, LARGEST_SIDE = 1 << 20, 256  # numbers of channels and the like; kernels, strides and paddings
+LARGEST_NUMBER, LEAST_NUMBER = (2 - 2**-23) * 2.0**127, 2.0**-149  # what float32 holds, in which all is computed
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:
@@ -38,12 +38,17 @@ def shape(value: Any) -> str | None:
 
 
 def number(value: Any) -> str | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return None if fits else "a finite number"
+    """A number of float32; NaN is none.
+
+    >>> number(-0.5), number(1e39)
+    (None, 'a finite number of float32')
+    """
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
+    return None if fits else "a finite number of float32"
 
 
 def positive(value: Any) -> str | None:
-    return number(value) or (None if value > 0 else "a number above 0")
+    return number(value) or (None if value >= LEAST_NUMBER else "a number above 0 of float32")
 
 
 def flag(value: Any) -> str | None:

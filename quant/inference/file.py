@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant.inference.attributes import number, positive
 from quant.inference.graph import Graph, Node, Preprocessing, planes_shape
 from quant.inference.ops import OPS
 
@@ -98,7 +99,7 @@ def looks_packed(path: Path) -> bool:
 
 
 def from_bytes(content: bytes) -> Graph:
-    """The graph of the content of a file."""
+    """The graph of the content of a file. Raises BadPackedFile."""
     header, begin = _header(content)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not str(metadata.get("format", "")).startswith(f"{FORMAT} "):
@@ -108,8 +109,8 @@ def from_bytes(content: bytes) -> Graph:
             f"its format is {metadata['format']!r}; this program reads version {VERSION}: export it again"
         )
     _refuse_damage(content, begin, metadata.get("sha256"))
-    tensors = _tensors(header, memoryview(content)[begin:])
     try:
+        tensors = _tensors(header, memoryview(content)[begin:])
         return _graph(_json(str(metadata["graph"])), tensors)
     except (KeyError, TypeError, AttributeError) as error:
         raise BadPackedFile(f"the description of its network is not complete ({error!r})") from error
@@ -150,7 +151,7 @@ def _json(text: str) -> Any:
 
 
 def _refuse_damage(content: bytes, begin: int, digest: Any) -> None:
-    if not isinstance(digest, str) or len(digest) != 64:
+    if not isinstance(digest, str) or len(digest) != 64 or not digest.isascii():
         raise BadPackedFile("damaged: it has no checksum")
     text = content[8:begin].replace(digest.encode(), NO_DIGEST.encode(), 1)
     if hashlib.sha256(text + content[begin:]).hexdigest() != digest:
@@ -163,7 +164,8 @@ def _tensors(table: Mapping[str, Any], data: memoryview) -> dict[str, Tensor]:
         dtype, shape = entry.get("dtype"), entry.get("shape")
         begin, stop = entry["data_offsets"]
         if (
-            dtype not in DTYPES
+            not isinstance(dtype, str)
+            or dtype not in DTYPES
             or not isinstance(shape, list)
             or not all(type(n) is int and 0 < n < 1 << 40 for n in shape)
         ):
@@ -245,13 +247,11 @@ def _refuse_wrong_weight(node: Node, required: frozenset[str]) -> None:
 def _preprocessing(said: Mapping[str, Any]) -> Preprocessing:
     numbers = {key: said[key] for key in ("channels", "size", "pixels")}
     mean, std, crop = said["mean"], said["std"], said["crop"]
-    right = isinstance(crop, int | float) and 0 < crop <= 1
-    right = (
-        right and all(type(n) is int and 0 < n <= 1 << 14 for n in numbers.values()) and numbers["channels"] <= 1 << 10
-    )
-    for values in (mean, std):
+    right = all(type(n) is int and 0 < n <= 1 << 14 for n in numbers.values()) and numbers["channels"] <= 1 << 10
+    right = right and positive(crop) is None and crop <= 1
+    for values, check in ((mean, number), (std, positive)):
         right = right and isinstance(values, list) and len(values) == numbers["channels"]
-        right = right and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not right or min(std) <= 0:
+        right = right and all(check(v) is None for v in values)
+    if not right:
         raise BadPackedFile(f"input: makes no sense: {str(dict(said))[:200]}")
     return Preprocessing(**numbers, mean=tuple(mean), std=tuple(std), crop=crop)
