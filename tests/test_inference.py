@@ -249,7 +249,7 @@ ODD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
     "absurd padding": (attribute(0, padding=[1 << 20, 1]), "accepted: two whole numbers from 0 to 256"),
     "a text for a number": (attribute(0, groups="1"), "groups is 1"),
     "absurd bits": (attribute(2, bits=1 << 30), "bits is"),
-    "bits that are not there": (attribute(2, bits=2), "codes (1, 900), expected uint8 (2, 900)"),
+    "bits that are not there": (becomes(2, "conv2d", bits=2, shape=[40, 20, 3, 3]), "codes (1, 900), expected uint8 (2, 900)"),
     "absurd shape": (attribute(2, shape=[1 << 20, 1 << 20, 3, 3]), "expected uint8"),
     "a shape that does not fit": (attribute(2, shape=[20, 40, 3, 3]), "makes no sense here"),
     "a huge value": (set_in("graph/nodes/5", ["adaptive_avg_pool2d", "mean", [5], {"size": [256, 256]}]), "makes no sense"),
@@ -271,6 +271,7 @@ ODD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
     "a step that float32 rounds to 0": (becomes(1, "quantize", step=1e-60, low=0, high=1), "step is 1e-60"),
     "a mean of many digits": (set_in("graph/input/mean", [10**400 - 1, 0, 0]), "input: makes no sense"),
     "a deviation beyond float32": (set_in("graph/input/std", [1e39, 1, 1]), "input: makes no sense"),
+    "signs of two bits": (attribute(2, bits=2), "bits is 2, accepted: a whole number from 1 to 1"),
     "a tensor of nobody": (set_in("graph/nodes/8/1", "other"), "tensors belong to none"),
 }  # fmt: skip
 
@@ -282,6 +283,21 @@ def test_sealed_nonsense_is_refused(name: str, graph: Graph) -> None:
     with pytest.raises(BadPackedFile) as caught:
         PackedModel.from_bytes(content)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["step", "bias", "threshold", "next_threshold"])
+@pytest.mark.parametrize("shape", [(10, 4, 1, 1), (10, 4)], ids=["sign_conv2d", "sign_linear"])
+@pytest.mark.parametrize("size", [(1,), (10, 1), (16,)], ids=str)
+def test_one_number_for_all_channels_of_signs_is_refused(
+    key: str, shape: tuple[int, ...], size: tuple[int, ...]
+) -> None:
+    """Floats would broadcast it, packed bits would fill up with zeros."""
+    front = [] if len(shape) == 4 else [Node("spatial_mean", "mean", (0,))]
+    back = [Node("spatial_mean", "mean", (1,))] if len(shape) == 4 else []
+    nodes = (*front, signs("binary", (len(front),), *shape, **{key: torch.full(size, 0.5)}), *back)
+    odd = Graph(nodes, Preprocessing(4, 8, 8, (0.5,) * 4, (0.25,) * 4), tuple("0123456789"))
+    with pytest.raises(BadPackedFile, match=rf"binary \({nodes[len(front)].op}\) .* {key} has the shape"):
+        PackedModel(odd)
 
 
 def test_a_checksum_that_is_no_text_is_refused(graph: Graph) -> None:

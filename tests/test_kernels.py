@@ -259,6 +259,15 @@ def test_a_folder_that_cannot_be_written_is_not_used(tmp_path: Path, monkeypatch
     assert str(cache_folder.__wrapped__()).startswith(str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("name", ["scale", "bias"])
+@pytest.mark.parametrize("count", [1, 2, 4, 32, 40])
+def test_one_number_for_each_output_channel_and_no_other_count(name: str, count: int) -> None:
+    """What is missing would be a zero, and what is too much belongs to no channel."""
+    packed, numbers = kernels.pack_weight(torch.randn(3, 40, 3, 3)), {name: torch.ones(count)}
+    with pytest.raises(ValueError, match=f"{name} has {count} numbers; accepted: one for each of 3 channels"):
+        kernels.binary_conv2d(torch.randn(1, 40, 5, 5), packed, **numbers)
+
+
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = torch.randn(1, 40, 5, 5), kernels.pack_weight(torch.randn(3, 40, 3, 3))
     with pytest.raises(ValueError, match="float32"):

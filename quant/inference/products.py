@@ -40,9 +40,10 @@ def linear(node: Node, _: bool) -> Run:
 # ---- products of signs -----------------------------------------------------------------------------------------------
 
 SIGN_TENSORS = {"step", "bias", "threshold", "next_threshold"}
+SIGNED = CODED | {"bits": a.whole(1, 1)}
 
 
-@operation("sign_conv2d", attrs=CODED | GEOMETRY, tensors=SIGN_TENSORS, required={"codes"})
+@operation("sign_conv2d", attrs=SIGNED | GEOMETRY, tensors=SIGN_TENSORS, required={"codes"})
 def sign_conv2d(node: Node, packed: bool) -> Run:
     stride, padding = (
         tuple(node.attrs.get(key, default)) for key, default in (("stride", (1, 1)), ("padding", (0, 0)))
@@ -72,7 +73,7 @@ def sign_conv2d(node: Node, packed: bool) -> Run:
     return run
 
 
-@operation("sign_linear", attrs=CODED, tensors=SIGN_TENSORS, required={"codes"})
+@operation("sign_linear", attrs=SIGNED, tensors=SIGN_TENSORS, required={"codes"})
 def sign_linear(node: Node, packed: bool) -> Run:
     limits = node.tensors.get("threshold")
     step, bias, signs_out = _finish(node)
@@ -102,7 +103,15 @@ def _signs_of(node: Node) -> Tensor:
 
 
 def _finish(node: Node) -> tuple[Tensor | None, Tensor | None, bool]:
-    """Scale and bias of the sums, and whether only the sign is wanted: then the sums are moved until it is that of 0."""
+    """Scale and bias of the sums, and whether only the sign is wanted: then the sums are moved until it is that of 0.
+
+    Raises ValueError where a tensor has not one number for each of its channels: floats would broadcast it, bits would not.
+    """
+    outs, ins = node.attrs["shape"][:2]
+    for key, tensor in node.tensors.items():
+        count = ins if key == "threshold" else outs
+        if key in SIGN_TENSORS and tuple(tensor.shape) != (count,):
+            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}; accepted: ({count},), one number a channel")
     following = node.tensors.get("next_threshold")
     if following is not None:
         return None, -following.to(torch.float32), True

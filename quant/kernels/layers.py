@@ -97,7 +97,8 @@ def binary_conv2d(
 ) -> Tensor:
     """conv2d(sign(x), sign(w)) * scale + bias with zero padding as the weight was packed for: float32 (N, O, H', W').
 
-    The sum of signs is exact; scale and bias have one number for each output channel and are applied in this order.
+    The sum of signs is exact; scale and bias have one number for each output channel (ValueError otherwise) and are applied
+    in this order.
     The output has the memory format of x, unless `channels_last` chooses one. A dense float32 `out` is written to where
     given: memory that is fresh from the system costs more time than a large batch takes to compute.
     """
@@ -168,7 +169,7 @@ def _job(
     else:
         last = _format_of(out, shape)
     scratch = torch.empty(threads * scratch_size, dtype=torch.uint8)
-    scales, biases = _per_channel(scale, weight.ones), _per_channel(bias, weight.zeros)
+    scales, biases = _per_channel("scale", scale, weight, weight.ones), _per_channel("bias", bias, weight, weight.zeros)
     tensors = (scratch, acts, weight.words, weight.base, scales, biases, columns, out)
     now = [0, 0, *[tensor.data_ptr() for tensor in tensors], int(last)]
     return _entry(weight.processor), plan, now, threads, tensors
@@ -182,10 +183,14 @@ def _format_of(out: Tensor, shape: tuple[int, int, int, int]) -> bool:
     return last
 
 
-def _per_channel(given: Tensor | None, default: Tensor) -> Tensor:
-    """One float32 for each output channel, as many as the blocks have lanes."""
+def _per_channel(name: str, given: Tensor | None, weight: PackedWeight, default: Tensor) -> Tensor:
+    """One float32 for each output channel, as many as the blocks have lanes; ValueError if another count is given."""
     if given is None:
         return default
+    if given.numel() != weight.out_channels:
+        raise ValueError(
+            f"{name} has {given.numel()} numbers; accepted: one for each of {weight.out_channels} channels"
+        )
     if given.dtype != torch.float32 or not given.is_contiguous():
         given = given.to(torch.float32).contiguous()
     missing = default.numel() - given.numel()
