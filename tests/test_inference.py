@@ -130,6 +130,26 @@ def test_a_batch_of_nothing_has_no_answers(graph: Graph, packed: bool) -> None:
     assert OPS["input_scale"].make(scales, packed)(torch.zeros(0, 3, 12, 12)).shape == (0, 6, 12, 12)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 1, 12, 12), torch.zeros(2, 3, 12, 11), torch.zeros(2, 3, 24, 24), torch.zeros(3, 12, 12),
+        torch.zeros(2, 3, 12, 12, dtype=torch.float64), torch.zeros(2, 3, 12, 12, dtype=torch.uint8), torch.zeros(()),
+    ],
+    ids=lambda images: f"{images.dtype} {tuple(images.shape)}",
+)  # fmt: skip
+def test_images_that_a_network_does_not_take_are_refused(images: torch.Tensor, packed: bool) -> None:
+    """An `affine` in front would broadcast a single channel."""
+    vectors = {"scale": torch.ones(3), "shift": torch.zeros(3)}
+    nodes = (Node("affine", "norm", (0,), {}, vectors), Node("spatial_mean", "mean", (1,)))
+    model = PackedModel(Graph(nodes, Preprocessing(3, 12, 12, (0.5,) * 3, (0.25,) * 3), ("a", "b", "c")), packed=packed)
+    with pytest.raises(ValueError, match=r"accepted: torch\.float32 \(N, 3, 12, 12\)") as caught:
+        model(images)
+    assert f"{images.dtype} {tuple(images.shape)}" in str(caught.value)
+    assert model(torch.zeros(2, 3, 12, 12)).shape == (2, 3)
+
+
 def test_values_are_let_go_when_nobody_needs_them(graph: Graph) -> None:
     model = PackedModel(graph)
     values = model.begin(torch.randn(2, 3, 12, 12))

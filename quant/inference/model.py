@@ -36,7 +36,8 @@ class Op:
 
 
 class PackedModel:
-    """A network from a packed file. Logits (N, classes) of normalised images (N, C, size, size), float32 on the CPU.
+    """A network from a packed file. Logits (N, classes) of normalised images (N, C, size, size), float32 on the CPU; images of
+    another shape or type are a ValueError.
 
         model = PackedModel.load("model.packed.safetensors")
         logits = model(images)
@@ -78,7 +79,16 @@ class PackedModel:
         return logits
 
     def begin(self, images: Tensor) -> list[Any]:
-        """The values of a pass over the operations: the images first, the others still to be made."""
+        """The values of a pass over the operations: the images first, the others still to be made.
+
+        Raises ValueError for images of another shape or type: what broadcasts would be answered without a word.
+        """
+        take = self.preprocessing
+        if images.dtype != torch.float32 or tuple(images.shape[1:]) != (take.channels, take.size, take.size):
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}; "
+                f"accepted: torch.float32 (N, {take.channels}, {take.size}, {take.size})"
+            )
         return [images, *[None] * len(self.ops)]
 
     @property
