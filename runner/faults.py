@@ -175,6 +175,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" Did you mean {by_lower[hits[0]]!r}?" if hits else ""
 
 
+def printable(text: str) -> str:
+    """A text from elsewhere for one line of a terminal: what would end the line, steer the terminal or be no text is escaped.
+
+    >>> print(printable("a\\nb \\x1b[2J"))
+    a\\nb \\x1b[2J
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shortened(value: Any) -> str:
     """The repr of a value, of a length that a message bears."""
     text = repr(value)

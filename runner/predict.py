@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.faults import BadData, ConfigError, Exit, Fault, MissingInput
+from runner.faults import BadData, ConfigError, Exit, Fault, MissingInput, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,10 @@ def predict(words: Sequence[str]) -> int:
     for word in words[1:]:
         best = torch.softmax(model(_image(Path(word), model))[0], 0).topk(shown)
         said = [
-            f"{model.classes[i]} {100 * p:.1f} %"
+            f"{printable(model.classes[i])} {100 * p:.1f} %"
             for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        print(f"{word}: {', '.join(said)}")
+        print(f"{printable(word)}: {', '.join(said)}")
     return int(Exit.DONE)
 
 

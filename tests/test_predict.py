@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_inference import resealed, set_in
 
 from quant.inference import PackedModel
 from runner.cli import run
@@ -73,6 +74,18 @@ def test_colour_and_size_are_brought_to_what_the_network_takes(
     assert run(["predict", str(network), str(tmp_path / "grey.png"), str(tmp_path / "colour.png")]) == 0
     first, second = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
     assert first == second
+
+
+def test_names_that_forge_lines_are_escaped(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of classes, which come with the file, and of images, which come from anywhere."""
+    classes = [f"café {k}\nb.png: cat\x1b[2J\ud800\u202e\r" for k in range(10)]
+    (tmp_path / "net").write_bytes(resealed(network.read_bytes(), set_in("graph/classes", classes)))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a\n.png")
+    assert run(["predict", str(tmp_path / "net"), str(tmp_path / "a\n.png")]) == 0
+    (line,) = capsys.readouterr().out.split("\n")[:-1]
+    assert line.startswith(f"{tmp_path}/a\\n.png: café ")
+    assert line.count("\\nb.png: cat\\x1b[2J\\ud800\\u202e\\r ") == 5
+    assert line.isprintable()
 
 
 def bomb(side: int) -> bytes:
