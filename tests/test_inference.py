@@ -271,6 +271,7 @@ ODD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
     "absurd bits": (attribute(2, bits=1 << 30), "bits is"),
     "bits that are not there": (becomes(2, "conv2d", bits=2, shape=[40, 20, 3, 3]), "codes (1, 900), expected uint8 (2, 900)"),
     "absurd shape": (attribute(2, shape=[1 << 20, 1 << 20, 3, 3]), "expected uint8"),
+    "a kernel beyond any image": (attribute(2, shape=[1, 1, 4096, 4096]), "of a kernel two more up to 256"),
     "a shape that does not fit": (attribute(2, shape=[20, 40, 3, 3]), "makes no sense here"),
     "a huge value": (set_in("graph/nodes/5", ["adaptive_avg_pool2d", "mean", [5], {"size": [256, 256]}]), "makes no sense"),
     "classes without names": (set_in("graph/classes", [1, 2, 3, 4]), "classes"),
@@ -336,6 +337,35 @@ def test_a_bomb_made_of_a_pool_is_refused(graph: Graph) -> None:
     ])  # fmt: skip
     with pytest.raises(BadPackedFile, match="numbers of one image"):
         PackedModel(replace(graph, nodes=nodes))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding"),
+    [((256, 256), (256, 256)), ((256, 256), (0, 255)), ((1, 256), (0, 255)), ((256, 64), (0, 63))],
+)
+def test_a_bomb_made_of_padding_is_refused(kernel: tuple[int, int], padding: tuple[int, int]) -> None:
+    """A few bytes of weights, and hundreds of megabytes for the ways in which they stick out of an image."""
+    nodes = (
+        signs("bomb", (0,), 1, 1, *kernel, attrs={"padding": list(padding), "stride": [99, 99]}),
+        Node("spatial_mean", "mean", (1,)),
+    )
+    content = to_bytes(Graph(nodes, Preprocessing(1, 300, 300, (0.5,), (0.25,)), ("a",)))
+    assert len(content) < 10_000
+    with pytest.raises(
+        BadPackedFile, match=r"bomb \(sign_conv2d\) makes no sense here: a kernel of .* needs a table of"
+    ):
+        PackedModel.from_bytes(content)
+
+
+@pytest.mark.parametrize(("side", "padding"), [(1, 1), (3, 2), (5, 5), (7, 6), (31, 15)])
+def test_any_padding_that_a_network_has_is_loaded(side: int, padding: int) -> None:
+    nodes = (
+        signs("wide", (0,), 1, 1, side, side, attrs={"padding": [padding] * 2}),
+        Node("spatial_mean", "mean", (1,)),
+    )
+    graph = Graph(nodes, Preprocessing(1, 32, 32, (0.5,), (0.25,)), ("a",))
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.allclose(PackedModel(graph)(images), PackedModel(graph, packed=False)(images), rtol=1e-5, atol=1e-4)
 
 
 def test_every_flipped_bit_is_noticed(graph: Graph) -> None:

@@ -32,9 +32,14 @@ def pair(low: int) -> Check:
 
 
 def shape(value: Any) -> str | None:
-    """The shape of a weight: two or four sizes."""
+    """The shape of a weight: two numbers of channels, and the two sides of a kernel where it has one.
+
+    >>> shape([20, 3, 5, 5]), shape([20, 3, 5, 257])
+    (None, 'two whole numbers from 1 to 1048576, of a kernel two more up to 256')
+    """
     fits = isinstance(value, list) and len(value) in (2, 4) and all(_is_whole(v, 1, LARGEST) for v in value)
-    return None if fits else f"two or four whole numbers from 1 to {LARGEST}"
+    fits = fits and all(side <= LARGEST_SIDE for side in value[2:])
+    return None if fits else f"two whole numbers from 1 to {LARGEST}, of a kernel two more up to {LARGEST_SIDE}"
 
 
 def number(value: Any) -> str | None:

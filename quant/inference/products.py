@@ -1,5 +1,8 @@
 """Products: of floats, of codes of a few bits, of signs."""
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +43,8 @@ def linear(node: Node, _: bool) -> Run:
 # ---- products of signs -----------------------------------------------------------------------------------------------
 
 SIGN_TENSORS = {"step", "bias", "threshold", "next_threshold"}
+MOST_LANES = 32  # output channels that packed kernels compute at once, whether there are as many or not
+SMALL_TABLE = 1 << 18  # numbers, that any layer may have
 SIGNED = CODED | {"bits": a.whole(1, 1)}
 
 
@@ -51,6 +56,7 @@ def sign_conv2d(node: Node, packed: bool) -> Run:
     threshold = node.tensors.get("threshold")
     limits = None if threshold is None else per_channel(threshold, 4)
     step, bias, signs_out = _finish(node)
+    _refuse_large_borders(node.attrs["shape"], padding)
     if not packed:
         weight = _signs_of(node)
 
@@ -96,6 +102,15 @@ def sign_linear(node: Node, packed: bool) -> Run:
         return kernels.pack_activations(y) if signs_out else y.permute(0, 2, 3, 1).view(-1, y.shape[1])
 
     return run
+
+
+def _refuse_large_borders(shape: Sequence[int], padding: tuple[int, ...]) -> None:
+    """Raises ValueError where a small weight would take a lot of memory: packed, each of its rows has a table of all the ways
+    in which kernel columns stick out of the image, which grows with the square of the padding."""
+    outs, _, height, width = shape
+    entries = max(outs, MOST_LANES) * (height + 1) * (min(padding[1], width) + 1) ** 2
+    if entries > max(SMALL_TABLE, 16 * prod(shape)):
+        raise ValueError(f"a kernel of {(height, width)} with padding {padding} needs a table of {entries:,} numbers")
 
 
 def _signs_of(node: Node) -> Tensor:
