@@ -33,6 +33,16 @@ def after_two_steps(
     return net
 
 
+def dilated(quant: str, padding: int, groups: int = 1, **settings: Any) -> nn.Module:
+    """A convolution whose window has gaps, in eval mode; 4 channels in."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 10, 3, stride=2, padding=padding, dilation=(2, 3), groups=groups)
+    net = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    quantize_(net, find(quant)(**settings), [])
+    calibrate_(net, torch.randn(8, 4, 12, 12))
+    return net.eval()
+
+
 class Woven(nn.Module):
     """The same value at two places of one concatenation, and twice in a sum."""
 

@@ -12,7 +12,7 @@ import torch
 from conftest import largest_file
 from hypothesis import given
 from hypothesis import strategies as st
-from small_nets import KEPT, Woven, after_two_steps
+from small_nets import KEPT, Woven, after_two_steps, dilated
 from test_inference import resealed, set_in
 from torch import nn
 
@@ -117,6 +117,16 @@ def test_binary_networks_of_every_family(name: str, size: int, arguments: dict[s
     assert torch.equal(PackedModel.from_bytes(content, packed=False)(images), expected)
     if kernels.why_not() is None:
         assert torch.allclose(PackedModel.from_bytes(content)(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"input_scale": True}], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_dilated_window_stays_dilated(settings: dict[str, Any], groups: int) -> None:
+    net, images = dilated("xnor", 3, groups, **settings), torch.randn(2, 4, 12, 12)
+    content = to_bytes(graph_of(net, 12, 4))
+    with torch.no_grad():
+        assert torch.equal(PackedModel.from_bytes(content, packed=False)(images), net(images))
+        assert torch.allclose(PackedModel.from_bytes(content)(images), net(images), rtol=1e-4, atol=1e-4)
 
 
 def test_folding_leaves_no_scale_between_two_binary_layers() -> None:

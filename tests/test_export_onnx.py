@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_nets import Woven, after_two_steps
+from small_nets import Woven, after_two_steps, dilated
 from torch import nn
 
 onnx = pytest.importorskip("onnx")
@@ -90,6 +90,14 @@ def test_the_sign_of_zero_is_plus_one() -> None:
     images = torch.zeros(4, 1, 28, 28)
     with torch.no_grad():
         assert torch.allclose(session(content)(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"input_scale": True}], ids=str)
+@pytest.mark.parametrize("padding", [0, 2, 3])
+def test_a_dilated_window_stays_dilated(settings: dict[str, Any], padding: int) -> None:
+    net, images = dilated("xnor", padding, **settings), torch.randn(2, 4, 12, 12)
+    with torch.no_grad():
+        assert torch.allclose(session(written(net, 4, 12)[0])(images), net(images), rtol=1e-4, atol=1e-5)
 
 
 def test_grids_without_an_integer_zero_point_are_named() -> None:

@@ -144,20 +144,24 @@ def _scaled(sums: Tensor, step: Tensor | None, bias: Tensor | None) -> Tensor:
     return scaled if bias is None else scaled + bias
 
 
-@operation("input_scale", attrs=GEOMETRY | {"kernel": a.pair(1), "groups": a.whole(1), "out_channels": a.whole(1)})
+SCALE = {"kernel": a.pair(1), "dilation": a.pair(1), "groups": a.whole(1), "out_channels": a.whole(1)}
+
+
+@operation("input_scale", attrs=GEOMETRY | SCALE)
 def input_scale(node: Node, _: bool) -> Run:
     """K of XNOR-Net (arXiv 1603.05279, eq. 11): mean |x| over channels, then over the window; without `kernel`: of a row."""
     if "kernel" not in node.attrs:
         return lambda x: x.abs().mean(-1, keepdim=True)
     kernel, groups = node.attrs["kernel"], node.attrs.get("groups", 1)
     stride, padding = node.attrs.get("stride", (1, 1)), node.attrs.get("padding", (0, 0))
+    dilation = node.attrs.get("dilation", (1, 1))
     if groups * kernel[0] * kernel[1] > 1 << 24:
         raise ValueError(f"{groups} windows of {kernel} are too large")
     box = torch.full((groups, 1, *kernel), 1 / (kernel[0] * kernel[1]))
 
     def run(x: Tensor) -> Tensor:
         means = x.abs().view(len(x), groups, x.shape[1] // groups, *x.shape[2:]).mean(2)
-        k = F.conv2d(means, box, None, stride, padding, 1, groups)
+        k = F.conv2d(means, box, None, stride, padding, dilation, groups)
         return k if groups == 1 else k.repeat_interleave(node.attrs["out_channels"] // groups, 1)
 
     return run

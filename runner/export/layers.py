@@ -208,7 +208,7 @@ def _binary(emit: Emit, layer: BinaryConv2d | BinaryLinear, x: int) -> int:
     if not layer.settings.input_scale:
         return _sign_product(emit, layer, x, latent, bias)
     y = _sign_product(emit, layer, x, latent, None)
-    window = {key: value for key, value in _geometry(layer).items() if key != "dilation"}
+    window = _geometry(layer)
     if isinstance(layer, nn.Conv2d):
         window["kernel"] = _pair(layer.kernel_size)
         if layer.groups > 1:

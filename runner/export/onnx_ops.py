@@ -253,14 +253,16 @@ def _pad_shortcut(writer: Writer, node: Node, x: list[str]) -> str:
 
 
 def _input_scale(writer: Writer, node: Node, x: list[str]) -> str:
+    """The mean of a window is a Conv, as in training: onnxruntime's AveragePool takes no padding as wide as its kernel."""
     size = writer.add("Abs", x, f"{node.name}.size")
     if "kernel" not in node.attrs:
         return writer.add("ReduceMean", [size, _axes(writer, node, [1])], node.name, keepdims=1)
     if node.attrs.get("groups", 1) != 1:
         raise BadData(f"{node.name}: the input scale of a convolution with groups has no ONNX form here")
     means = writer.add("ReduceMean", [size, _axes(writer, node, [1])], f"{node.name}.means", keepdims=1)
-    window = _window({"stride": [1, 1], **node.attrs})
-    return writer.add("AveragePool", [means], node.name, **window, count_include_pad=1)
+    height, width = node.attrs["kernel"]
+    box = writer.constant(f"{node.name}.box", torch.full((1, 1, height, width), 1 / (height * width)))
+    return writer.add("Conv", [means, box], node.name, **_conv_attributes(node.attrs))
 
 
 def _axes(writer: Writer, node: Node, axes: list[int]) -> str:
