@@ -3,8 +3,9 @@
     forward   y = (sign(x) * sign(W)) alpha + b      popcounts: a whole number first, alpha once behind it
     backward  dx = 1_{|x| <= 1} (g * alpha sign(W)^T)    dW~ = g * sign(x)^T,  dW by `functional.scaled_sign_gradient`
 
-To the last bit what `ste_sign`, `scaled_sign` and a float product give one after the other. Kept for backward: two bits a
-value of x, and W as it is, which is a parameter. No float copy of x or of alpha sign(W) outlives the pass that needs it.
+To the last bit what `ste_sign`, `scaled_sign` and a float product give one after the other, but for NaN: its sign is not
+defined, -1 in floats and whatever its bits make of it here. Kept for backward: two bits a value of x, and W as it is, which is
+a parameter. No float copy of x or of alpha sign(W) outlives the pass that needs it.
 """
 
 from dataclasses import dataclass

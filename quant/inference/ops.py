@@ -9,6 +9,9 @@ hand each other packed bits (int32, as `quant.kernels.pack_activations` makes th
                   with next_threshold: y = the signs (-1 below it, else +1) of the sums, one for each output channel
     affine        y = fma(x, scale, shift)                    a batch normalisation, to the bit what torch computes
     quantize      y = step clamp(round((x - offset) / step), low, high) + offset      (x inverse instead of / step, if given)
+
+The sign of NaN is not defined: -1 in floats, as in training, whatever its bits make of it with packed kernels. What was NaN in
+front of a binary layer is a number behind it, so look for NaN in the images, not in the logits.
 """
 
 from quant.inference import pointwise, products
