@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -318,6 +319,24 @@ def test_one_number_for_all_channels_of_signs_is_refused(
     nodes = (*front, signs("binary", (len(front),), *shape, **{key: torch.full(size, 0.5)}), *back)
     odd = Graph(nodes, Preprocessing(4, 8, 8, (0.5,) * 4, (0.25,) * 4), tuple("0123456789"))
     with pytest.raises(BadPackedFile, match=rf"binary \({nodes[len(front)].op}\) .* {key} has the shape"):
+        PackedModel(odd)
+
+
+READERS = {
+    "relu": (Node("relu", "reader", (2,)), "reader (relu) reads the signs of source as numbers"),
+    "a threshold": (signs("reader", (2,), 4, 4, threshold=torch.rand(4)), "reader (sign_linear) reads the signs of source"),
+    "nobody": (None, "source (sign_linear) hands signs on, but is the last operation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_signs_that_are_read_as_numbers_are_refused(name: str) -> None:
+    """Packed, they are 32 in a number."""
+    reader, says = READERS[name]
+    source = signs("source", (1,), 4, 4, next_threshold=whole_numbers(4))
+    nodes = (Node("spatial_mean", "mean", (0,)), source, *([] if reader is None else [reader]))
+    odd = Graph(nodes, Preprocessing(4, 8, 8, (0.5,) * 4, (0.25,) * 4), tuple("abcd"))
+    with pytest.raises(BadPackedFile, match=re.escape(says)):
         PackedModel(odd)
 
 

@@ -58,6 +58,7 @@ class PackedModel:
         self.why_float = "as asked for" if not packed else kernels.why_not() if self.binary else "no binary layers"
         self.kernel: str = "float" if self.why_float else kernels.available()
         _try_shapes(graph)
+        _refuse_misread_bits(graph.nodes)
         self.ops: Sequence[Op] = _ops(graph, packed=self.why_float is None)
 
     @classmethod
@@ -115,6 +116,17 @@ def _maker(
     first = node.inputs[0]
     alone = first > 0 and counts[first] == 1 and nodes[first - 1].op not in SHARED
     return operation.in_place if operation.in_place is not None and alone else operation.make
+
+
+def _refuse_misread_bits(nodes: Sequence[Node]) -> None:
+    """Signs that are handed on are packed bits, or floats without the kernels: only what takes both alike may read them."""
+    handed_on = {value: node.op for value, node in enumerate(nodes, start=1) if "next_threshold" in node.tensors}
+    for node in nodes:
+        for value in handed_on.keys() & set(node.inputs):
+            if node.op != handed_on[value] or "threshold" in node.tensors:
+                raise BadPackedFile(f"{node.name} ({node.op}) reads the signs of {nodes[value - 1].name} as numbers")
+    if len(nodes) in handed_on:
+        raise BadPackedFile(f"{nodes[-1].name} ({nodes[-1].op}) hands signs on, but is the last operation")
 
 
 def _try_shapes(graph: Graph) -> None:
