@@ -23,8 +23,7 @@ from runner.screen import Screen
 def run_path(config: RunConfig) -> Path:
     """Where a config's run lies: a readable part and the hash of all that matters."""
     readable = config.name or f"{config.model.name}-{config.quant.name}-{config.dataset.name}-s{config.seed}"
-    letters = re.sub(r"[^\w.-]+", "-", readable).strip("-.")
-    slug = letters.encode()[:80].decode(errors="ignore") or "run"  # a file's name may have 255 bytes
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", readable).strip("-.")[:80] or "run"
     return Path(config.outputs) / "runs" / f"{slug}-{config_hash(config)}"
 
 
