@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from quant import kernels
 from quant.kernels import reference
+from quant.kernels.layers import prepared
 from quant.kernels.machine import PATH_VARIABLE, Processor, cache_folder, processors
 
 PATHS = processors()
@@ -138,6 +139,9 @@ def test_nan_is_outside_the_window() -> None:
 def test_nothing_in_nothing_out() -> None:
     weight = kernels.pack_weight(torch.randn(4, 8, 3, 3), 1)
     assert kernels.binary_conv2d(torch.randn(0, 8, 5, 4), weight, stride=2).shape == (0, 4, 3, 2)
+    once, out = prepared(kernels.pack_activations(torch.randn(0, 8, 5, 4)), weight)
+    once()
+    assert out.shape == (0, 4, 5, 4)
     flat = kernels.pack_weight(torch.randn(4, 8))
     assert kernels.binary_linear(torch.randn(0, 8), flat).shape == (0, 4)
     assert kernels.binary_linear(torch.randn(2, 0, 8), flat).shape == (2, 0, 4)

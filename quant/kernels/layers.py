@@ -134,7 +134,7 @@ def prepared(
 ) -> tuple[Callable[[], None], Tensor]:
     """The same as a function, and the tensor that it writes whenever it is called: the kernel without its caller."""
     entry, plan, now, threads, tensors = _job(acts, weight, scale, bias, stride)
-    job = repeatable(entry, plan, now, threads)
+    job = repeatable(entry, plan, now, threads) if threads else lambda: None
 
     def once(keep: tuple[Tensor, ...] = tensors) -> None:
         job()
