@@ -67,6 +67,7 @@ class Run:
         self.config, self.folder, self.screen, self.stop, self.device = config, folder, screen, stop, device
         self.world = world or World()
         self.environment = environment(device, self.world.size, config.plugins)
+        self._hash = config_hash(config)  # once: of ImageNet it lists the classes, on a disk that may be far away
         for key, named in (("pretrained", config.pretrained), ("distill", config.distill)):
             if named is not None:  # told before any data is read
                 refuse_missing(named, key)
@@ -266,7 +267,7 @@ class Run:
         config = flat(self.config)
         config["dataset"] |= {"mean": list(self.data.mean), "std": list(self.data.std)}
         return {
-            "config_hash": config_hash(self.config),
+            "config_hash": self._hash,
             "config": config,
             "data": self.data.fingerprint,
             "environment": self.environment,
@@ -323,7 +324,7 @@ class Run:
             seed_rank(self.config.seed, self.world.place, self.progress.step)
 
     def _refuse_foreign(self, manifest: dict[str, Any]) -> None:
-        if manifest["config_hash"] != config_hash(self.config):
+        if manifest["config_hash"] != self._hash:
             raise BadData(
                 f"{self.folder.path}: its checkpoint was made with another config; use another name= or outputs="
             )
