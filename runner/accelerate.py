@@ -43,6 +43,8 @@ def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tens
     on_gpu = device.type == "cuda"
     if not on_gpu and not cpp_compiler():
         raise _impossible("there is no C++ compiler; install g++, or set CXX to one")
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler, too: no choice by stopwatch
     compiled: Callable[[Tensor], Tensor] = torch.compile(model, mode="reduce-overhead" if on_gpu else "default")
 
     def call(images: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from runner.catalog import ROOT, source_of
 from runner.hoard import keep_memory
@@ -25,7 +25,7 @@ def environment(device: torch.device, world: int = 1, plugins: Iterable[str] = (
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),  # not imported: that takes seconds
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -91,7 +91,7 @@ def prepare(seed: int, threads: int | None, device: torch.device) -> None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler, which takes seconds
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # 6 % of a step, and nothing reads what was not written
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True

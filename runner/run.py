@@ -107,6 +107,7 @@ class Run:
         self.checkpoints = Checkpoints(folder.checkpoints)
         self._steps_before = first_steps(config, self.data_phases, len(self.data.train), self.world.size)
         self._saved_at, self._save_seconds, self._epoch_began = time.monotonic(), 0.0, time.monotonic()
+        self._committed: tuple[int, int] | None = None  # epoch and step of the newest checkpoint
         self.saved_bytes_per_sample: int | None = None
 
     def _answers(self, teacher: nn.Module | None) -> Transform | None:
@@ -244,11 +245,14 @@ class Run:
         self.screen.say(f"{resumed}exact resume: {verdict}")
 
     def save(self) -> None:
-        """Commit a checkpoint of this point; never of weights that are lost."""
+        """Commit a checkpoint of this point, where there is none yet; never of weights that are lost."""
         if bool(self.unsound):
             raise Diverged(
                 f"loss or gradient was not finite shortly before step {self.progress.step}; nothing is saved"
             )
+        here = (self.progress.epoch, self.progress.step)
+        if here == self._committed:
+            return
         began = time.monotonic()
         self.progress.seconds += began - self._epoch_began
         self._epoch_began = began
@@ -259,7 +263,7 @@ class Run:
             state = self._state()
             if self.world.first:
                 self.checkpoints.save(self.progress.step, state, best, facts)
-        self._saved_at = time.monotonic()
+        self._committed, self._saved_at = here, time.monotonic()
         self._save_seconds = self._saved_at - began
 
     def facts(self) -> dict[str, Any]:
