@@ -134,7 +134,8 @@ def test_a_teacher_must_say_what_network_it_is(tmp_path: Path) -> None:
 
 def test_a_deep_network_takes_two_steps_of_cifar(tmp_path: Path) -> None:
     words = ["model=resnet18", "quant=xnor", "dataset=synthetic", "dataset.size=32", "dataset.samples=64"]
-    done = runner(*words, "trainer.max_steps=2", "batch_size=8", folder=tmp_path)
+    words += ["dataset.test_samples=16", "trainer.max_steps=2", "batch_size=8"]
+    done = runner(*words, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     layers = pd.read_csv(only_run(tmp_path) / "layers.csv")
     assert (layers[layers.becomes == "BinaryConv2d"].kind == "Conv2d").all()
