@@ -237,6 +237,18 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
         read("folder", root=str(tmp_path))
 
 
+def test_what_is_not_taken_for_an_image_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, ["a", "b"], 4)
+    for name in ("a/notes.txt", "a/c.gif", "b/d.GIF", "b/.hidden"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b" / "more").mkdir()
+    found = read("folder", root=str(tmp_path), test_fraction=0.5)
+    assert len(files(found.train).names) == len(files(found.test).names) == 4
+    (told,) = caplog.messages
+    assert told.startswith(f"{tmp_path}: 4 not taken for images (.jpg .jpeg")
+    assert told.endswith(": a/c.gif, a/notes.txt, b/d.GIF, …")
+
+
 def test_splits_with_different_classes_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "train", ["a", "b"], 1)
     write_images(tmp_path / "test", ["a", "c"], 1)

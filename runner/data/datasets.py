@@ -4,6 +4,7 @@ Adding a data set: a function with @register here or in a module named under `pl
 """
 
 import importlib.util
+import logging
 import os
 import tempfile
 import urllib.error
@@ -23,6 +24,9 @@ from runner.data import locations
 from runner.data.augment import Draw
 from runner.data.formats import read_idx, verified_pickles
 from runner.faults import BadData, MissingInput
+
+log = logging.getLogger(__name__)
+KINDS = " ".join(locations.IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -273,25 +277,30 @@ def _batches(content: dict[str, Any], names: Iterable[str], labels: str) -> Pixe
 def _trees(layout: dict[str, Path], channels: int, decode_size: int | None, on_bad: Literal["stop", "skip"]) -> Images:
     """One `Files` per split; every split must hold the same classes, each with an image at least."""
     classes = locations.class_folders(layout["train"])
-    parts = {}
-    for part, root in layout.items():
+    for root in layout.values():
         if locations.class_folders(root) != classes:
             odd = sorted(set(classes).symmetric_difference(locations.class_folders(root)))
             raise BadData(f"{root} and {layout['train']} hold different classes: {', '.join(odd[:5])}")
-        names, labels = _list_images(root, classes)
-        parts[part] = Files(root, part, names, labels, channels, decode_size, on_bad)
+    found = {root: _list_images(root, classes) for root in dict.fromkeys(layout.values())}  # one tree is two parts
+    parts = {part: Files(root, part, *found[root], channels, decode_size, on_bad) for part, root in layout.items()}
     return Images(parts["train"], parts["test"], tuple(classes), parts.get("val"))
 
 
 def _list_images(root: Path, classes: list[str]) -> tuple[tuple[str, ...], Tensor]:
     names: list[str] = []
     labels: list[int] = []
+    others: list[str] = []
     for label, name in enumerate(classes):
-        images = sorted(locations.image_names(root / name))
+        there = sorted(locations.listed(root / name))
+        images = [entry for entry in there if locations.is_image(entry)]
         if not images:
-            raise BadData(f"class folder {root / name} holds no images ({', '.join(locations.IMAGE_SUFFIXES)})")
+            raise BadData(f"class folder {root / name} holds no images ({KINDS})")
         names += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
+        others += [f"{name}/{entry}" for entry in there if not locations.is_image(entry)]
+    if others:
+        first = ", ".join(others[:3]) + ", …" * (len(others) > 3)
+        log.warning("%s: %d not taken for images (%s): %s", root, len(others), KINDS, first)
     return tuple(names), torch.tensor(labels)
 
 

@@ -80,12 +80,15 @@ def class_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def image_names(folder: Path) -> Iterator[str]:
-    """Names of the image files directly in a folder, in no particular order."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def listed(folder: Path) -> Iterator[str]:
+    """Names of all that is directly in a folder and not hidden, in no particular order."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("."):
-                yield entry.name
+        yield from (entry.name for entry in entries if not entry.name.startswith("."))
 
 
 def folder_layout(root: Path) -> dict[str, Path]:
@@ -207,7 +210,7 @@ def _samples_before_split(name: str, arguments: Mapping[str, Any]) -> tuple[int 
 def _count(folder: Path) -> int | None:
     count = 0
     for name in class_folders(folder):
-        count += sum(1 for _ in image_names(folder / name))
+        count += sum(map(is_image, listed(folder / name)))
         if count > COUNT_AT_MOST:
             return None
     return count
