@@ -254,19 +254,22 @@ class StepQuantizer(nn.Module):
         return size + torch.log(-torch.expm1(-size)) if self.settings.param == "softplus" else size
 
     def has_fitting_levels(self) -> bool:
-        """Whether `qn` and `qp`, which a file may bring, are those of this number of bits."""
+        """Whether what a file may bring fits: `qn` and `qp` this number of bits, `step` the steps that the file meant by it.
+
+        0.05 of `param: raw` would be 0.72 of `softplus`; `before` tells.
+        """
         kinds: tuple[Range, ...] = ("unsigned", "signed") if self.settings.kind == "auto" else (self.settings.kind,)
-        return (int(self.qn), int(self.qp)) in [levels(kind, self.settings.bits) for kind in kinds]
+        fitting = (int(self.qn), int(self.qp)) in [levels(kind, self.settings.bits) for kind in kinds]
+        return fitting and torch.allclose(self.size(), self.before, rtol=0.5)
 
     @torch.no_grad()
     def bound_(self) -> None:
         """After an update: take steps that have changed by more than a share `change` of themselves back to that."""
-        if self.settings.change is None:
-            return
-        low, high = 1 - self.settings.change, 1 + self.settings.change
-        size = self.raw_size()
-        bounded = torch.minimum(torch.maximum(size, self.before * low), self.before * high)
-        self.step.copy_(torch.where(size == bounded, self.step, self._parameter_of(bounded)))
+        if self.settings.change is not None:
+            low, high = 1 - self.settings.change, 1 + self.settings.change
+            size = self.raw_size()
+            bounded = torch.minimum(torch.maximum(size, self.before * low), self.before * high)
+            self.step.copy_(torch.where(size == bounded, self.step, self._parameter_of(bounded)))
         self.before.copy_(self.size())
 
     def _set_range_(self, lowest: float) -> None:

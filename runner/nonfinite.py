@@ -98,7 +98,8 @@ def first_unsound(model: nn.Module, again: Again) -> str:
     found: list[str] = []
 
     def look(what: str, value: Any) -> None:
-        if not found and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+        # Detached: a look would keep a tensor for backward, and recomputing counts them.
+        if not found and isinstance(value, Tensor) and not bool(value.detach().isfinite().all()):
             found.append(what)
 
     def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,9 +1,10 @@
 """Optimizers as a regime names them: built from a setting, and kept in step with it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from quant.base import QuantizedLayer
@@ -71,5 +72,13 @@ def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """An exponential average of the weights, to be updated after each step; None without a decay."""
     if not decay:
         return None
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    lerp = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def average(own: Sequence[Tensor], new: Sequence[Tensor], updates: Any) -> None:
+        """Of tensors of one type. Whole numbers are copied: 15 levels averaged with 15 would be cut to 14."""
+        if own[0].is_floating_point():
+            lerp(own, new, updates)
+        else:
+            torch._foreach_copy_(own, new)
+
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

@@ -49,6 +49,7 @@ class Progress:
     skipped: int = 0  # steps left out because loss or gradient was not finite
     skipped_in_a_row: int = 0
     lr_factor: float = 1.0  # what `on_nan: lower_lr` made of the learning rate
+    lr_factor_at_start: float = 1.0  # of this epoch
     grad_norms: dict[str, float] = field(default_factory=dict)
 
 
@@ -153,7 +154,8 @@ class Run:
         batch, step = (0, self._steps_before[p.epoch]) if at_start_of_epoch else (p.batch, p.step)
         clock = Clock(epoch=p.epoch, batch=batch, batches=self.batches_in(p.epoch), step=step)
         setting = setting_at(self.phases, clock, epochs=self.config.total_epochs, steps=self._steps_before[-1])
-        return setting | {"lr": setting["lr"] * p.lr_factor} if p.lr_factor != 1 else setting
+        factor = p.lr_factor_at_start if at_start_of_epoch else p.lr_factor
+        return setting | {"lr": setting["lr"] * factor} if factor != 1 else setting
 
     def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What is left of the current epoch."""
@@ -197,6 +199,7 @@ class Run:
         """The epoch is over: the next one starts with nothing counted."""
         p, now = self.progress, time.monotonic()
         p.epoch, p.batch, p.seconds, p.grad_norms = p.epoch + 1, 0, 0.0, {}
+        p.lr_factor_at_start = p.lr_factor
         self.sums.zero_()
         self.codes, self._epoch_began = codes_of(self.model), now
 

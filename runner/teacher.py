@@ -16,6 +16,7 @@ ITS_OWN = (
     "model",
     "quant",
     "classifier",
+    "regularizer",  # which a phase of the regime may drive
     "regime",
 )  # what a stored config says of the network, and how that was driven
 

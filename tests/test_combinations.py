@@ -90,6 +90,27 @@ def test_what_is_left_out_is_told_every_time(tmp_path: Path, trained: Any, capsy
     assert (tmp_path / "cache").is_dir(), "beside the runs"
 
 
+def test_steps_of_another_parameter_are_set_anew(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """0.05 means another step to softplus."""
+    for change in ("0.1", "null"):
+        first = trained("quant=lsq", f"quant.step_change={change}", "name=first")
+        capsys.readouterr()
+        softplus = ["quant=lsq", "quant.step_param=softplus", "trainer.max_steps=1", "trainer.progress=plain"]
+        trained(*softplus, f"pretrained={first}", f"name=other-{change}")
+        assert "are those of the file" not in " ".join(capsys.readouterr().out.split())
+        trained(
+            "quant=lsq", "trainer.max_steps=1", "trainer.progress=plain", f"pretrained={first}", f"name=same-{change}"
+        )
+        assert "layers are those of the file" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_teacher_may_have_been_regularized(trained: Any) -> None:
+    margin = ["quant=lsq", "regularizer=rounding_margin"]
+    scheduled = "+regime.phases.0.regularizer={schedule: linear, from: 0, to: 1}"
+    teacher = trained(*margin, scheduled, "trainer.max_steps=2", "name=teacher")
+    trained("quant=xnor", f"distill={teacher}", "trainer.max_steps=1", "name=pupil")
+
+
 def test_pretrained_steps_stay_where_their_number_of_bits_does(trained: Any) -> None:
     first = trained("quant=lsq", "name=first")
     still = ["epochs=1", "lr=1e-20", f"pretrained={first}"]

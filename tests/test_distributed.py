@@ -97,6 +97,13 @@ def test_the_same_global_batch_gives_the_same_curve_on_one_and_two_ranks(tmp_pat
             assert float(one[key]) == pytest.approx(float(other[key]), rel=2e-5)
 
 
+def test_an_uneven_batch_falls_into_as_many_parts_on_every_rank(tmp_path: Path, launched: Launched) -> None:
+    """A last batch of 7: shares of 3 and 4 images. Synced batch norms meet once a part."""
+    words = [*PLAIN, "quant=none", "epochs=1", "batch_size=15", "dataset.limit=22", "trainer.accumulate=4", SGD]
+    (done,) = launched({"place": tmp_path, "ranks": 2, "words": words})
+    assert done["codes"] == [0, 0], said(tmp_path)
+
+
 def test_ranks_that_normalise_their_own_share_train_another_curve(tmp_path: Path, launched: Launched) -> None:
     both = [
         [*PLAIN, "quant=none", "epochs=2", "batch_size=10", SGD, f"trainer.sync_norm={on}"] for on in ("true", "false")

@@ -11,7 +11,7 @@ from torch import nn
 from runner.compose import config_from
 from runner.faults import Diverged
 from runner.job import train
-from runner.optim import optimizer_for
+from runner.optim import average_of, optimizer_for
 from runner.train import batch_sums, drive_
 
 SMALL = ["dataset=synthetic", "dataset.size=28", "dataset.channels=1", "dataset.samples=96", "dataset.test_samples=32"]
@@ -28,6 +28,18 @@ def test_two_runs_of_one_config_are_the_same_to_the_last_bit(tmp_path: Path) -> 
     assert (first / "metrics.csv").read_bytes() == (second / "metrics.csv").read_bytes()
     assert (first / "quant.csv").read_bytes() == (second / "quant.csv").read_bytes()
     assert (first / "weights.safetensors").read_bytes() == (second / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.9995, 0.9999])
+def test_an_average_leaves_whole_numbers_whole(decay: float) -> None:
+    """15 averaged with 15 is 14.9999 in float32, which is 14 as a whole number: a level less at every bit width."""
+    model = nn.Linear(1, 1)
+    model.register_buffer("levels", torch.tensor([1, 3, 7, 15, 31, 63, 127, 255]))
+    average = average_of(model, decay)
+    assert average is not None
+    for _ in range(3):
+        average.update_parameters(model)
+    assert average.module.levels.tolist() == [1, 3, 7, 15, 31, 63, 127, 255]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_at_that_step(tmp_path: Path) -> None:

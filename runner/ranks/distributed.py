@@ -45,6 +45,7 @@ class Share:
     """The part of a global batch that this rank computes."""
 
     images: int  # of the global batch
+    fewest: int  # of any rank
     weight: float = 1.0  # of this rank's mean in the mean over the ranks that is the mean over the batch
     stop: bool = False  # somebody was asked to stop
     hold: Callable[[], AbstractContextManager[Any]] = nullcontext  # gradients stay on this rank while it is open
@@ -89,11 +90,13 @@ class World:
     def share(self, images: int, stop: bool) -> Share:
         """Agree on a global batch of which this rank has `images`, and on whether to stop before it."""
         if self.size == 1:
-            return Share(images)
-        agreed = self._sum(torch.tensor([images, int(stop)]))
-        whole = int(agreed[0])
+            return Share(images, images)
+        said = torch.zeros(self.size + 1, dtype=torch.int64)
+        said[self.place.rank], said[-1] = images, int(stop)
+        *shares, stops = self._sum(said).tolist()
+        whole = sum(shares)
         assert self.model is not None
-        return Share(whole, self.size * images / whole, bool(agreed[1]), self.model.no_sync)
+        return Share(whole, min(shares), self.size * images / whole, bool(stops), self.model.no_sync)
 
     def over_batch(self, loss: Tensor, right: Tensor, images: int, share: Share) -> tuple[Tensor, Tensor]:
         """Mean loss and right answers of the global batch, from those of this rank."""
