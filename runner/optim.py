@@ -1,6 +1,5 @@
 """Optimizers as a regime names them: built from a setting, and kept in step with it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from quant.base import QuantizedLayer
 from runner.regime import Setting
 from runner.schema import COMMON, OPTIMIZERS
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
     "Adam": torch.optim.Adam,
@@ -74,7 +74,7 @@ def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
         return None
     lerp = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
-    def average(own: Sequence[Tensor], new: Sequence[Tensor], updates: Any) -> None:
+    def average(own: Tensors, new: Tensors, updates: Tensor | int) -> None:
         """Of tensors of one type. Whole numbers are copied: 15 levels averaged with 15 would be cut to 14."""
         if own[0].is_floating_point():
             lerp(own, new, updates)

@@ -133,6 +133,58 @@ def test_a_recipe_that_sets_a_depth_has_another_network(tmp_path: Path) -> None:
     assert [group.network for group in groups_of(collect([tmp_path]))] == ["resnet depth=20", "resnet depth=56"]
 
 
+def test_a_recipe_that_sets_a_width_has_another_network_and_one_of_a_plugin_says_all(tmp_path: Path) -> None:
+    stored = {
+        "a": "model: {name: lenet5, channels: [20, 50], hidden: 20, kernel: 5}\n",
+        "b": "model: {name: lenet5, channels: [20, 50], hidden: 500, kernel: 5}\n",
+        "c": "model: {name: mine, width: 16}\n",
+        "d": "model: {name: mine, width: 16}\n",
+    }
+    words = {"a": ["experiment=a"], "b": ["experiment=b"], "d": ["experiment=d"]}
+    for seed, (name, config) in enumerate(stored.items()):
+        own = ["model=mine", "plugins=[my.net]"] if name in "cd" else []
+        make(tmp_path / name, "lsq", seed, 93.0, *own, *words.get(name, []))
+        (folder,) = (tmp_path / name / "runs").iterdir()
+        (folder / "config.yaml").write_text(f"{config}dataset: {{name: mnist}}\nquant: {{name: lsq}}\n")
+    networks = {group.network for group in groups_of(collect([tmp_path]))}
+    assert networks == {"lenet5 hidden=20", "lenet5", "mine width=16"}
+
+
+def test_a_failed_float_run_makes_no_run_the_best(tmp_path: Path) -> None:
+    for quant, plain, fast in (("none", 97.8, 10.0), ("xnor", 96.9, 10.1)):
+        make(tmp_path, quant, 0, plain)
+        make(tmp_path, quant, 0, fast, "regime.phases.0.lr=0.2")
+    found, _ = make_report([tmp_path])
+    (said,) = found.discussion
+    assert "Of the others the best is xnor (96.90 (one run) %; -0.90 points, n = 1)." in said
+    assert "The last is xnor regime.phases.0.lr=0.2 (10.10 (one run) %; +0.10 points, n = 1)." in said
+
+
+def test_more_epochs_than_were_run_are_a_setting(tmp_path: Path) -> None:
+    for epochs in (4, 40):
+        make(tmp_path / str(epochs), "xnor", 0, 90 + epochs / 10, f"trainer.epochs={epochs}", "trainer.max_steps=80")
+    make(tmp_path / "whole", "xnor", 0, 99.0, "trainer.epochs=10")
+    assert [row["settings"] for row in collect([tmp_path])] == [
+        "", "trainer.epochs=4 trainer.max_steps=80", "trainer.epochs=40 trainer.max_steps=80",
+    ]  # fmt: skip
+
+
+def test_hyper_parameters_are_those_of_every_group(tmp_path: Path) -> None:
+    make(tmp_path, "xnor", 0, 99.0, "lr=0.1", "batch_size=64")
+    make(tmp_path, "xnor", 0, 98.0, "experiment=best")
+    rows = [row | {"epochs": epochs} for row in collect([tmp_path]) for epochs in (1, 3)]
+    (tmp_path / "rows.csv").write_text(as_csv(rows))
+    found, _ = make_report([tmp_path / "rows.csv"])
+    tables = {table.caption: table.rows for table in found.tables}
+    assert tables["Hyper-parameters of all runs"] == [["quant", "xnor"]]
+    assert sorted(tables["Hyper-parameters that differ"]) == [
+        ["batch_size", "64", "—", "64", "—"],
+        ["epochs", "1", "1", "3", "3"],
+        ["experiment", "—", "best", "—", "best"],
+        ["lr", "0.1", "—", "0.1", "—"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("column", "value"), [("test_top1", "abc"), ("test_top1", ""), ("test_top1", "nan"), ("seed", "x"), ("epochs", "")]
 )

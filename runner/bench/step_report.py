@@ -119,7 +119,8 @@ def _page(
     )  # fmt: skip
     sections = [
         "<p>Filled bars were measured together, in turns, with a whisker from quartile to quartile. "
-        "Outlined bars are literature: other implementations, measured elsewhere.</p>",
+        + "Outlined bars are literature: other implementations, measured elsewhere." * bool(peers)
+        + "</p>",
         f'<div class="even">{"".join(figures)}</div>',
         f"<h2>Measured</h2>{measured}<h2>Literature</h2>{literature}",
         facts_table(facts | {"command": shlex.join(command)}),

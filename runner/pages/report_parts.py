@@ -9,7 +9,7 @@ from typing import Any
 from runner.pages.records import read_run
 from runner.pages.report_pictures import Picture, pictures
 from runner.pages.report_records import Table, bench_records, record_of, record_tables
-from runner.pages.report_words import discussion
+from runner.pages.report_words import count, discussion
 from runner.pages.results import Group, Row, by_task, collect, groups_of
 from runner.pages.settings import flatten, shown
 from runner.statistics import spread
@@ -101,10 +101,14 @@ def _mean(group: Group, key: str, unit: float, form: str) -> str:
 def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:
     """Hyper-parameters that all configurations share, those in which they differ, and what it all was measured on."""
     compared = groups if len(groups) <= MOST_CONFIGS else ()  # a table of more columns says nothing
-    configs = {f"{group.network} {group.dataset} {group.name}": _hyper(group) for group in compared}
+    names = [f"{group.network} {group.dataset} {group.name}" for group in compared]
+    configs = {
+        name if names.count(name) == 1 else f"{name}, {count(group.epochs, 'epoch')}": _hyper(group)
+        for name, group in zip(names, compared, strict=True)
+    }
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     same = {key for key in keys if len({config.get(key) for config in configs.values()}) == 1}
-    if keys:
+    if same:
         yield Table(
             "Hyper-parameters of all runs",
             ["key", "value"],
@@ -124,15 +128,13 @@ def _settings_tables(groups: Sequence[Group]) -> Iterable[Table]:
 
 
 def _hyper(group: Group) -> dict[str, str]:
-    """From the config of one run; from the words of its command where only a CSV is left."""
+    """From the config of one run; what was set where only a CSV is left."""
     row = group.rows[0]
     if "folder" in row:
         flat = flatten(read_run(row["folder"], health=False).config)
         chosen = {key: shown(value) for key, value in flat.items() if key.startswith(HYPER)}
         return {k: v for k, v in chosen.items() if v != "null" and not k.startswith(NO_HYPER) and ".rules." not in k}
-    words = [word.partition("=") for word in str(row.get("command", "")).split() if "=" in word]
-    said = {key: value for key, _, value in words if key.startswith(HYPER) and not key.startswith(NO_HYPER)}
-    return {"epochs": str(group.epochs)} | said
+    return {"epochs": str(group.epochs), "quant": group.quant} | group.words
 
 
 def _at_most(most: int, items: list[str]) -> list[str]:
@@ -150,6 +152,6 @@ def _holes(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterab
         seeds = sorted(set().union(*here.values()))
         for label, name in names.items():
             if label not in here:
-                yield f"{network}, {dataset}, {epochs} epochs, {name}: {NOT_RUN}"
+                yield f"{network}, {dataset}, {count(epochs, 'epoch')}, {name}: {NOT_RUN}"
             elif lost := [seed for seed in seeds if seed not in here[label]]:
-                yield f"{network}, {dataset}, {epochs} epochs, {name}, seed {', '.join(map(str, lost))}: {NOT_RUN}"
+                yield f"{network}, {dataset}, {count(epochs, 'epoch')}, {name}, seed {', '.join(map(str, lost))}: {NOT_RUN}"

@@ -10,6 +10,7 @@ from typing import Any
 from runner.pages import svg
 from runner.pages.records import read_metrics
 from runner.pages.report_records import scan_figures
+from runner.pages.report_words import count
 from runner.pages.results import Group, Task, by_task
 from runner.pages.svg_rows import Dot, bars, dots
 
@@ -50,7 +51,7 @@ def pictures(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iter
 
 
 def _on(task: Task) -> str:
-    return f"{task[0]} on {task[1]}"
+    return f"{task[0]} on {task[1]}, {count(task[2], 'epoch')}"
 
 
 def _file(task: Task, what: str) -> str:
@@ -70,7 +71,7 @@ def _accuracy_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
                 continue
             series = [_point(cost, group) for cost, group in known]
             chart = svg.Chart(
-                f"{_on(task)}, {task[2]} epochs: accuracy and {name}", axis, "test accuracy, %", series,
+                f"{_on(task)}: accuracy and {name}", axis, "test accuracy, %", series,
                 logarithmic="x" if max(cost for cost, _ in known) > 8 * min(cost for cost, _ in known) else "",
                 front=pareto([(cost, one.y[0]) for (cost, _), one in zip(known, series, strict=True)]),
             )  # fmt: skip
@@ -89,7 +90,7 @@ def _variant_pictures(groups: Sequence[Group]) -> Iterable[Picture]:
             if len(rows) < 2:
                 continue
             name = quant.replace("none", "float32")
-            title = f"{_on(task)}, {task[2]} epochs: settings of {name} beside float"
+            title = f"{_on(task)}: settings of {name} beside float"
             drawn = dots(title, "test accuracy minus float, points: mean over seeds, 95 % interval", rows, level=0.0)
             caption = f"{_on(task)}: settings of {name}, test accuracy minus that of float, seed by seed."
             yield Picture(_file(task, quant), caption, drawn)
@@ -137,7 +138,7 @@ def _curves(task: Task, members: Sequence[Group]) -> Picture | None:
         return None
     of_best = f" of the {MOST_CURVES} best configurations" if len(members) > MOST_CURVES else ""
     title = f"{_on(task)}: validation accuracy{of_best}"
-    chart = svg.Chart(title, "epochs completed", "validation top-1, %", series)
+    chart = svg.Chart(title, "epochs completed", "validation top-1, %", series, counted=True)
     return Picture(_file(task, "curves"), f"{title}, mean and ± standard deviation over seeds.", chart.svg())
 
 

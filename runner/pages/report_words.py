@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from runner.pages.results import Group, by_task
-from runner.statistics import spread
+from runner.statistics import Difference, spread
 
 
 def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> Iterable[str]:
@@ -20,18 +20,20 @@ def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> It
 
 def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
     floats = [group for group in members if group.quant == "none"]
-    low_bit = [(difference, group) for group in members if (difference := group.difference())]
+    quantized = [group for group in members if group.quant != "none"]
+    low_bit = [(difference, group) for group in quantized if (difference := group.difference())]
     for group in floats:
         name = "float" if group.plain or len(floats) == 1 else group.name
         yield f"{name} reaches {spread([row['test_top1'] for row in group.rows])} %."
     if not low_bit:
         yield "No quantized run has a float run of the same seed to be compared with."
         return
-    ordered = sorted(low_bit, key=lambda pair: -pair[0].mean)
+    # By accuracy: a difference may be to a float run that failed, trained alike.
+    ordered = sorted(low_bit, key=lambda pair: -(pair[1].mean("test_top1") or 0.0))
     best, worst = ordered[0], ordered[-1]
-    yield f"Of the others the best is {best[1].name} ({best[0]} points, n = {best[0].n})."
+    yield f"Of the others the best is {_reached(*best)}."
     if worst is not best:
-        yield f"The last is {worst[1].name} ({worst[0]} points, n = {worst[0].n})."
+        yield f"The last is {_reached(*worst)}."
     told = [group.name for difference, group in ordered if difference.certain]
     same = [group.name for difference, group in ordered if difference.half is not None and not difference.certain]
     if told:
@@ -41,6 +43,11 @@ def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
     few = [group.name for difference, group in ordered if difference.half is None]
     if few:
         yield f"Too few seeds for an interval: {_listed(few)}."
+
+
+def _reached(difference: Difference, group: Group) -> str:
+    accuracy = spread([row["test_top1"] for row in group.rows])
+    return f"{group.name} ({accuracy} %; {difference} points, n = {difference.n})"
 
 
 def _about_cost(members: Sequence[Group]) -> Iterable[str]:
@@ -74,7 +81,7 @@ def _about_bench(record: dict[str, Any]) -> str:
             f"({best['in_channels']} channels, filter {best['kernel']} x {best['kernel']}), {best['alpha_speedup']:.1f} times "
             "with packing and scaling."
         )
-    others = [row for row in rows if row["name"] != row["against"]]
+    others = [row for row in rows if not row["name"].startswith(row["against"])]  # nor float32 made faster
     if not others:
         return ""
     fast, lean = min(others, key=lambda row: row["time"]), min(others, key=lambda row: row["saved"])

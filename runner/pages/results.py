@@ -36,7 +36,8 @@ NUMBERS = {
 }
 LONGEST = 100  # letters of a name
 PLACES = ("outputs=", "dataset.root=", "dataset.cache=", "name=")
-SIZES = ("model.depth", "model.arch", "model.width")  # what a recipe makes another network with
+# What a recipe makes another network with; blocks and activations belong to how a network is made binary.
+SIZES = {f"model.{key}" for key in ("depth", "arch", "width", "channels", "hidden", "kernel", "stem")}
 # Of a data set's keys, those that change how images are trained on, not which ones.
 OF_TRAINING = ("dataset.augment.", "dataset.drop_last=", "dataset.input_size=", "dataset.mean=", "dataset.std=")
 NEEDED = {*CHOSEN, "seed", "epochs", "test_top1"}  # of a summary, to be a row
@@ -107,7 +108,7 @@ def _row(folder: Path) -> Row | None:
         if chosen["dataset"] == "folder":  # its place is all that tells it from another
             place = str(summary.get("place") or Path(_chosen("dataset.root", command) or "data").resolve())
             chosen["dataset"] = Path(place).name
-        settings = _settings([*command, *_set_by_recipe(folder, command)])
+        settings = _settings([*command, *_of_network(folder, command)], summary["epochs"])
         public = {"settings": settings, "command": _public(command)}
         return own | chosen | facts | public | {"folder": folder, "place": place}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -119,15 +120,19 @@ def _chosen(group: str, command: Sequence[str]) -> str:
     return next((word.partition("=")[2] for word in reversed(command) if word.startswith(f"{group}=")), "")
 
 
-def _set_by_recipe(folder: Path, command: Sequence[str]) -> list[str]:
-    """What makes the network of a recipe another one than its name says, as words of a command line."""
-    if not _chosen("experiment", command):
+def _of_network(folder: Path, command: Sequence[str]) -> list[str]:
+    """What makes the network of a recipe another one than its name says, as words of a command line.
+
+    Of a plugin's network all settings do: nobody here knows what is usual for it.
+    """
+    if not (_chosen("experiment", command) or _chosen("plugins", command)):
         return []
     config = flatten(read_config(folder))
-    usual, said = usual_settings(config), {word.partition("=")[0].lstrip("+") for word in command}
-    return [
-        f"{key}={config[key]}" for key in SIZES if key in config and key not in said and config[key] != usual.get(key)
-    ]
+    usual, said = flatten(usual_settings(config)), {word.partition("=")[0].lstrip("+") for word in command}
+    unsaid = [key for key in config if key.startswith("model.") and key not in {*said, "model.name"}]
+    if usual.get("model.name") == config.get("model.name"):
+        unsaid = [key for key in unsaid if key in SIZES and config[key] != usual.get(key)]
+    return [f"{key}={config[key]}" for key in unsaid]
 
 
 def _tell_apart(rows: Iterable[Row]) -> None:
@@ -142,19 +147,11 @@ def _tell_apart(rows: Iterable[Row]) -> None:
                 row["dataset"] += f" ({number + 1})"
 
 
-def _settings(command: Sequence[str]) -> str:
-    """What was set beside the columns of a row, as far as it can change a number."""
-    told = NO_SETTINGS | {
-        "model",
-        "dataset",
-        "quant",
-        "seed",
-        "seeds",
-        "trainer.epochs",
-        "trainer.threads",
-        "trainer.device",
-    }
+def _settings(command: Sequence[str], epochs: int) -> str:
+    """What was set beside the columns of a row, as far as it can change a number; more epochs than were run change it."""
+    told = NO_SETTINGS | {"model", "dataset", "quant", "seed", "seeds", "trainer.threads", "trainer.device"}
     words = [word for word in command if "=" in word and not word.startswith("-")]
+    words = [word for word in words if word.lstrip("+") not in (f"trainer.epochs={epochs}", f"epochs={epochs}")]
     own = (word for word in words if word.partition("=")[0].lstrip("+") not in told)
     return _line(sorted(own, key=lambda word: word.lstrip("+")))
 
@@ -247,6 +244,12 @@ class Group:
     def training(self) -> str:
         """What was set beside the quantizer."""
         return _line(word for word in _words(self.settings) if not word.lstrip("+").startswith("quant."))
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What was set beside the names of network and data: values by key."""
+        parts = (word.lstrip("+").partition("=") for word in _words(self.settings))
+        return {key: value for key, _, value in parts}
 
     @property
     def task(self) -> Task:

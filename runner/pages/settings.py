@@ -44,7 +44,7 @@ def settings_of(config: Mapping[str, object], summary: Mapping[str, object]) -> 
 
 
 def usual_settings(config: Mapping[str, object]) -> Mapping[str, object]:
-    """What the files of conf/ say for the model, quantizer and data set of a flat config: what differs, somebody has changed."""
+    """The tree that conf/ makes of the model, quantizer and data set of a flat config: what differs, somebody has changed."""
     return _composed(*(str(config.get(f"{group}.name")) for group in CHOSEN))
 
 

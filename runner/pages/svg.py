@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, BOTTOM = 70, 18, 48
-LETTER = 6.3  # the mean width of a letter of the 12 px type
+LETTER = 6.7  # the mean width of a letter of the 12 px type, where the reader has a wide one
 LINE = 18
 CROWD = 100  # names that find a place, and a reader
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "4 2 1 2")
@@ -85,6 +85,7 @@ class Chart:
     front: Sequence[tuple[float, float]] = ()  # a line of steps behind the points
     from_zero: bool = False
     level: float | None = None  # a line across
+    counted: bool = False  # the x axis has whole numbers
 
     def svg(self) -> str:
         """The picture. A chart of points carries its labels at the points, one of curves a legend."""
@@ -94,7 +95,7 @@ class Chart:
         height = HEIGHT + LINE * max(len(legend) - 1, 0)
         x, y = self._scales(top, height - BOTTOM)
         parts = [
-            f'<text class="title" x="{LEFT - 46}" y="20">{escape(self.title)}</text>',
+            heading(self.title, LEFT - 46),
             *_legend(legend),
             *self._axes(x, y, height),
         ]
@@ -130,7 +131,7 @@ class Chart:
             yield f'<path class="grid" d="M{x.start} {y(tick):.1f}H{x.end}"/>'
             yield f'<text class="quiet" x="{x.start - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{figure(tick)}</text>'
         yield f'<path class="axis" d="M{x.start} {y.start}H{x.end}" fill="none"/>'
-        for tick in x.ticks():
+        for tick in (tick for tick in x.ticks() if tick == int(tick) or not self.counted):
             yield f'<path class="axis" d="M{x(tick):.1f} {y.start}v5"/>'
             yield f'<text class="quiet" x="{x(tick):.1f}" y="{y.start + 19}" text-anchor="middle">{figure(tick)}</text>'
         middle = (x.start + x.end) / 2
@@ -145,6 +146,13 @@ class Chart:
         said = "; ".join(f"{s.label}: {figure(s.x[-1])}, {figure(s.y[-1])}" for s in told)
         others = f"; and {len(known) - len(told)} more" if len(told) < len(known) else ""
         return f"{self.title}. {self.y_label} over {self.x_label}. {said}{others}"
+
+
+def heading(title: str, left: float) -> str:
+    """The title of a picture, bold, in smaller letters where it would not fit."""
+    size = 14 * min(1.0, (WIDTH - left - 16) / (LETTER * 1.35 * max(len(title), 1)))
+    smaller = f' style="font-size:{size:.1f}px"' if size < 14 else ""
+    return f'<text class="title" x="{left:g}" y="20"{smaller}>{escape(title)}</text>'
 
 
 def _wider(low: float, high: float, before: float, after: float) -> tuple[float, float]:

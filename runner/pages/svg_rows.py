@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from runner.pages.svg import LETTER, SHAPES, WIDTH, Scale, document, figure
+from runner.pages.svg import LETTER, SHAPES, WIDTH, Scale, document, figure, heading
 
 ROW = 42
 
@@ -27,7 +27,7 @@ def dots(title: str, x_label: str, rows: Sequence[Dot], level: float) -> str:
     room = 0.04 * (high - low or 1)
     x, foot = Scale(low - room, high + room, 24, WIDTH - 24), height - 48
     parts = [
-        f'<text class="title" x="24" y="20">{escape(title)}</text>',
+        heading(title, 24),
         f'<path class="front" d="M{x(level):.1f} 30V{foot}"/>',
         f'<path class="axis" d="M{x.start} {foot}H{x.end}" fill="none"/>',
         f'<text class="quiet" x="{WIDTH / 2}" y="{height - 10}" text-anchor="middle">{escape(x_label)}</text>',
@@ -55,7 +55,7 @@ def bars(
     height = 50 + 24 * len(labels)
     reach = max([*values, 1.0, *(r[1] for r in ranges if r)])
     x = Scale(0, reach, left, WIDTH - 64)
-    parts = [f'<text class="title" x="16" y="20">{escape(title)}</text>']
+    parts = [heading(title, 16)]
     for index, (label, value, spread) in enumerate(zip(labels, values, ranges, strict=True)):
         y = 36 + 24 * index
         parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(label)}</text>')
