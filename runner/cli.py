@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "follow runs in a browser: dashboard [FOLDER …] [--open | --compare | --write]",
     ),
 }
+RUNS = "runner.verbs"  # the verbs that take every key of a run and nothing else
 OWN = {"runner", "models", "quant"}
 SWEEP = {"-m", "--multirun"}
 MEANINGS = {
@@ -94,8 +95,11 @@ def _without_package(error: Exception) -> Exception:
 
 def _dispatch(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
-        from runner.help import print_help
+        from runner.help import print_help, print_verb
 
+        module = VERBS.get(words[0], ("", ""))[0].partition(":")[0]
+        if module not in ("", RUNS):
+            return print_verb(module)
         return print_help({name: meaning for name, (_, meaning) in VERBS.items()})
     if "--version" in words:
         from runner.help import print_version

@@ -1,5 +1,6 @@
 """`--help`: what a person needs to begin, made from conf/ itself."""
 
+import ast
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from runner.catalog import ROOT
 from runner.compose import choices_of, conf_folder
 
 EXAMPLES = [
@@ -39,12 +41,22 @@ def print_help(verbs: Mapping[str, str]) -> int:
     console.print("\n[bold]Examples[/bold]")
     for command, meaning in EXAMPLES:
         console.print(Text(f"  {command}\n      {meaning}"))
-    console.print(
-        "\n[bold]More[/bold]\n  --cfg job shows the composed config; --config-dir adds a folder of your own YAML files;"
-    )
+    console.print("\n[bold]More[/bold]\n  VERB --help: the words that a verb has of its own;")
+    console.print("  --cfg job shows the composed config; --config-dir adds a folder of your own YAML files;")
     console.print("  the keys of trainer, quant, …: " + str(conf_folder()))
     console.print("  --version: versions, processor and code, for whoever asks what a number was made with")
     console.print('  tab completion: eval "$(runner -sc install=bash)"')
+    return 0
+
+
+def print_verb(module: str) -> int:
+    """What the file of a verb says on top: its words, and examples. Read, not imported: that takes seconds."""
+    place = ROOT / module.replace(".", "/")
+    parts = [place / f"{part}.py" for part in ("step", "conv", "model")] if module == "runner.bench" else []
+    files = parts or [place / "__init__.py" if place.is_dir() else place.with_suffix(".py")]
+    said = [ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in files]
+    print(("\n\n" + "-" * 40 + "\n\n").join(said))
+    print("\nThe keys of a run, and all verbs: python -m runner --help")
     return 0
 
 

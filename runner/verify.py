@@ -1,4 +1,10 @@
-"""`verify`: the proofs of every quantizer as one table, on screen, as CSV and as Markdown, with the points of figures beside."""
+"""`verify`: the proofs of every quantizer as one table, on screen, as CSV and as Markdown, with the points of figures beside.
+
+    python -m runner verify              every method
+    python -m runner verify quant=lsq    one of them
+
+Exit code 1 where a deviation has no name. outputs=DIR says where the files go.
+"""
 
 import csv
 import importlib

@@ -103,6 +103,16 @@ def test_help_is_for_people_and_loads_nothing_heavy(tmp_path: Path) -> None:
     assert "hydra:" not in str(answer["out"])
 
 
+def test_a_verb_says_what_words_it_takes(tmp_path: Path) -> None:
+    own = {name: place for name, (place, _) in VERBS.items() if not place.startswith("runner.verbs:")}
+    for name, answer in zip(own, probed([[name, "--help"] for name in own], tmp_path), strict=True):
+        assert (answer["code"], answer["heavy"]) == (0, [])
+        assert f"{name} " in str(answer["out"])
+        assert "python -m runner --help" in str(answer["out"])
+    (bench,) = probed([["bench", "--help"]], tmp_path)
+    assert all(word in str(bench["out"]) for word in ("bench step", "bench conv", "bench model", "`variant`", "`n`"))
+
+
 def test_the_version_comes_with_what_a_number_depends_on(runner: Runner) -> None:
     found = runner("--version")
     said = dict(line.split(maxsplit=1) for line in found.stdout.splitlines())

@@ -4,8 +4,12 @@
     onnx         standard operators only; quantized layers as QuantizeLinear / DequantizeLinear (int8, int4)
     safetensors  plain float weights, for this program and others
 
+    python -m runner export checkpoint=outputs/runs/NAME format=packed
+    python -m runner export checkpoint=outputs/runs/NAME format=onnx out=net.onnx agreement=99.9
+
 The whole validation set goes through both networks before anything is written. What they give lies beside the file, as
-<file>.parity.json; a file that fails its bound is not written (exit code 65).
+<file>.parity.json; a file that fails its bound is not written (exit code 65). `agreement` is that bound in percent of equal
+answers, `difference` one of logits. Other words change the stored config, as for `evaluate`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,6 +4,7 @@ python -m runner dashboard                       follow all runs below outputs/ 
 python -m runner dashboard outputs/runs --open   and open the browser
 python -m runner dashboard outputs --compare     write outputs/comparison.html
 python -m runner dashboard outputs --write       write the dashboard.html of every run again
+python -m runner dashboard --host NAME --port 80  for browsers on other machines, which reach this one by that name
 """
 
 import argparse
