@@ -272,12 +272,28 @@ def test_one_number_for_each_output_channel_and_no_other_count(name: str, count:
         kernels.binary_conv2d(torch.randn(1, 40, 5, 5), packed, **numbers)
 
 
+@pytest.mark.parametrize(("given", "taken"), [(32, 3), (33, 64), (23, 24), (65, 40)])
+def test_as_many_channels_as_the_weight_and_no_other_count(given: int, taken: int) -> None:
+    """Also where both counts fill the same number of words."""
+    both = rf"x has {given} channels; accepted: the {taken} of the weight"
+    with pytest.raises(ValueError, match=both):
+        kernels.binary_conv2d(torch.randn(1, given, 8, 8), kernels.pack_weight(torch.randn(16, taken, 3, 3), 1))
+    with pytest.raises(ValueError, match=both):
+        kernels.binary_linear(torch.randn(5, given), kernels.pack_weight(torch.randn(16, taken)))
+
+
+def test_a_linear_layer_takes_no_window() -> None:
+    """A kernel of 3 x 3 would add up neighbouring rows."""
+    with pytest.raises(ValueError, match=r"kernel of \(3, 3\) and padding \(1, 1\)"):
+        kernels.binary_linear(torch.randn(5, 24), kernels.pack_weight(torch.randn(16, 24, 3, 3), 1))
+
+
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = torch.randn(1, 40, 5, 5), kernels.pack_weight(torch.randn(3, 40, 3, 3))
     with pytest.raises(ValueError, match="float32"):
         kernels.binary_conv2d(x.double(), packed)
     with pytest.raises(ValueError, match=r"accepted torch\.int32"):
-        kernels.binary_conv2d(torch.randn(1, 64 + 1, 5, 5), packed)
+        kernels.conv2d_of_packed(kernels.pack_activations(torch.randn(1, 64 + 1, 5, 5)), packed)
     with pytest.raises(ValueError, match="does not fit"):
         kernels.binary_conv2d(x[:, :, :2], packed)
     with pytest.raises(ValueError, match="shape"):

@@ -101,10 +101,13 @@ def binary_conv2d(
     in this order.
     The output has the memory format of x, unless `channels_last` chooses one. A dense float32 `out` is written to where
     given: memory that is fresh from the system costs more time than a large batch takes to compute.
+
+    Groups are 1: raises ValueError where x has not as many channels as the weight.
     """
-    return conv2d_of_packed(
-        pack_activations(x), weight, scale=scale, bias=bias, stride=stride, channels_last=channels_last, out=out
-    )
+    acts = pack_activations(x)
+    if x.shape[1] != weight.in_channels:  # packed, 33 to 64 channels look alike
+        raise ValueError(f"x has {x.shape[1]} channels; accepted: the {weight.in_channels} of the weight")
+    return conv2d_of_packed(acts, weight, scale=scale, bias=bias, stride=stride, channels_last=channels_last, out=out)
 
 
 def conv2d_of_packed(
@@ -200,7 +203,14 @@ def _per_channel(name: str, given: Tensor | None, weight: PackedWeight, default:
 def binary_linear(
     x: Tensor, weight: PackedWeight, *, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """linear(sign(x), sign(w)) * scale + bias: float32 (..., C) -> (..., O). The rows are the pixels of one image."""
+    """linear(sign(x), sign(w)) * scale + bias: float32 (..., C) -> (..., O). The rows are the pixels of one image.
+
+    Raises ValueError for the weight of a convolution whose window holds several of these pixels.
+    """
+    if weight.kernel_size != (1, 1) or weight.padding != (0, 0):
+        raise ValueError(
+            f"the weight has a kernel of {weight.kernel_size} and padding {weight.padding}; accepted: (O, C), no padding"
+        )
     image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     out = binary_conv2d(image, weight, scale=scale, bias=bias, channels_last=True)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.out_channels)
