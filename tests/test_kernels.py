@@ -288,6 +288,22 @@ def test_a_linear_layer_takes_no_window() -> None:
         kernels.binary_linear(torch.randn(5, 24), kernels.pack_weight(torch.randn(16, 24, 3, 3), 1))
 
 
+@pytest.mark.parametrize("padding", [-1, (-1, 1), (1, -2)])
+def test_a_padding_below_zero_is_refused(padding: int | tuple[int, int]) -> None:
+    """The kernel would read beside the image."""
+    with pytest.raises(ValueError, match=r"padding: .*-\d.*, accepted: 0 or more"):
+        kernels.pack_weight(torch.randn(40, 24, 3, 3), padding)
+
+
+@pytest.mark.parametrize("stride", [0, -1, (1, 0)])
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_stride_below_one_is_refused(stride: int | tuple[int, int], images: int) -> None:
+    with pytest.raises(ValueError, match=r"stride: .*, accepted: 1 or more"):
+        kernels.binary_conv2d(
+            torch.randn(images, 24, 9, 9), kernels.pack_weight(torch.randn(40, 24, 3, 3)), stride=stride
+        )
+
+
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = torch.randn(1, 40, 5, 5), kernels.pack_weight(torch.randn(3, 40, 3, 3))
     with pytest.raises(ValueError, match="float32"):

@@ -33,6 +33,8 @@ def _plan(
 
     No threads for an empty batch.
     """
+    if min(stride) < 1:
+        raise ValueError(f"stride: {stride}, accepted: 1 or more")
     images, words, height, width = shape
     out_height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
     out_width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1

@@ -44,16 +44,19 @@ class PackedWeight:
 def pack_weight(w: Tensor, padding: int | tuple[int, int] = 0, *, path: Processor | None = None) -> PackedWeight:
     """Pack the signs of w (O, C, KH, KW) of a convolution with this zero padding, or of w (O, C) of a linear layer.
 
-    `path` forces a code path (for tests); the default is the fastest that this processor has.
+    `path` forces a code path (for tests); the default is the fastest that this processor has. Raises ValueError for other
+    shapes and for a padding below 0.
     """
     if w.ndim not in (2, 4) or min(w.shape) == 0:
         raise ValueError(f"a weight to pack has the shape (O, C, KH, KW) or (O, C), not {tuple(w.shape)}")
+    sides = (padding, padding) if isinstance(padding, int) else padding
+    if min(sides) < 0:
+        raise ValueError(f"padding: {padding}, accepted: 0 or more")  # the kernel would read beside the image
     w = w.detach().reshape(*w.shape[:2], *(w.shape[2:] or (1, 1)))
     out_channels, in_channels, height, width = w.shape
     chosen = path or processor()
     if chosen == "avx2" and width * in_channels > MOST_BITS_OF_AVX2_ROW:
         chosen = "portable"
-    sides = (padding, padding) if isinstance(padding, int) else padding
     lanes = SHAPES[chosen].lanes
     signs = F.pad(pack_activations(w.contiguous()), (0, 0, 0, 0, 0, 0, 0, -out_channels % lanes))
     return PackedWeight(
