@@ -95,6 +95,7 @@ class ActGrad(Quantizer):
     handles = (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.BatchNorm1d, nn.BatchNorm2d)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.scheme == "power_of_two" and self.bits == 1:
             raise ValueError(
                 "scheme=power_of_two needs bits of 2, 4 or 8: one for the sign, the others for the exponent"

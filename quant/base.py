@@ -21,6 +21,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from quant.registry import Registry
+from quant.settings import check_fields
 
 FLOAT = 32  # bits of a tensor that a method leaves alone
 
@@ -71,13 +72,20 @@ class QuantizedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(ABC):
-    """Settings of a method. A frozen dataclass: its fields are the keys of its YAML, checked before anything is built."""
+    """Settings of a method. A frozen dataclass: its fields are the keys of its YAML, checked before anything is built.
+
+    Raises ValueError for a value that the annotation of its field does not accept. A method with a `__post_init__` of its own
+    calls this one, too.
+    """
 
     name: ClassVar[str] = ""
     handles: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
     """Exact types of the layers that `layer` rewrites; a subclass of them has a reason to be one and is left alone."""
     scheduled: ClassVar[tuple[str, ...]] = ()
     """Names of buffers that a regime's phase may drive through `quant: {name: value or schedule}`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.name or type(self).__name__)
 
     @abstractmethod
     def layer(self, module: nn.Module) -> nn.Module | None:

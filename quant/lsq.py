@@ -220,10 +220,9 @@ class Lsq(Quantizer):
         for key, bits in (("weight_bits", self.weight_bits), ("act_bits", self.act_bits)):
             if bits == 1:
                 raise ValueError(f"{key}: 1, but lsq needs 2 to 8: one bit has no level left beside 0; use quant=xnor")
-            if not 2 <= bits <= 8:
-                raise ValueError(f"{key}: {bits}, accepted: 2 to 8")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: {self.preset!r}, accepted: {', '.join(PRESETS)}")
+            if bits not in range(2, 9):
+                raise ValueError(f"lsq: {key} is {bits!r}; accepted: 2 to 8")
+        super().__post_init__()
 
     @property
     def switches(self) -> Switches:

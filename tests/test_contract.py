@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.base import build
 from quant.base import find
-from quant.surgery import LayerRow, calibrate_, health, quantize_, quantized_layers
+from quant.surgery import LayerRow, Rule, calibrate_, health, quantize_, quantized_layers
 from runner.build import phases_of, quantizer_of, rules_of
 from runner.compose import CONF, config_from
 from runner.faults import ConfigError
@@ -262,6 +262,43 @@ def test_a_schedule_that_drives_nothing_is_refused() -> None:
     curved = nn.Sequential(nn.Linear(3, 4))
     quantize_(curved, find("xnor")(ste="ede"))
     assert phases_of(config_from([phases, "quant.ste=ede"]), curved)[0][0].quant == {"sharpness": 2.0}
+
+
+# ---- settings that are made in Python
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "said"),
+    [
+        ("xnor", {"gradient": "exakt"}, r"xnor: gradient is 'exakt'; accepted: exact, .*\. Did you mean 'exact'\?"),
+        (
+            "xnor",
+            {"centre": "projekt"},
+            r"centre is 'projekt'; accepted: none, project, graph\. Did you mean 'project'\?",
+        ),
+        ("xnor", {"clamp": 1}, "clamp is 1; accepted: bool"),
+        ("xnor", {"tau": 1.0}, r"tau is 1\.0; accepted: float at least 0\.5 and below 1, or None"),
+        ("dorefa", {"weight_bits": 99}, "dorefa: weight_bits is 99; accepted: int at least 1 and at most 8"),
+        ("dorefa", {"act_bits": True}, "act_bits is True"),
+        ("dorefa", {"act_bits": 4.0}, r"act_bits is 4\.0"),
+        ("8bit-rangebn", {"act_bits": 0}, "8bit-rangebn: act_bits is 0; accepted: int at least 2 and at most 16"),
+        ("8bit-rangebn", {"grad_weight_bits": 12}, "grad_weight_bits is 12; accepted: 8, 16, 32"),
+        ("ternary", {"threshold": -1}, "threshold is -1; accepted: float above 0"),
+        ("ternary", {"threshold": float("nan")}, "threshold is nan"),
+        ("lsq", {"weight_bits": "4"}, "lsq: weight_bits is '4'; accepted: 2 to 8"),
+        ("lsq", {"weight_bits": 4.0}, r"weight_bits is 4\.0; accepted: int"),
+        ("lsq", {"placement": "post_akt"}, "Did you mean 'post_act'"),
+        ("actgrad", {"group": 0}, "group is 0; accepted: int at least 1, or None"),
+    ],
+)
+def test_a_value_that_is_not_accepted_is_refused(method: str, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        find(method)(**wrong)
+
+
+def test_the_settings_of_a_rule_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="ste is 'klip'"):
+        quantize_(small("none"), find("xnor")(), [Rule(match=["first"], settings={"ste": "klip"})])
 
 
 # ---- a new one
