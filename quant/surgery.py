@@ -26,16 +26,21 @@ MATMUL = (nn.Conv2d, nn.Linear)
 class Rule:
     """What happens to the layers that `match`; the first rule that matches a layer wins.
 
-    match: `first` or `last` (matrix layer of the model), a class name (`Linear`), or a name pattern (`layer1.*.conv2`).
+    match: `first` or `last` (matrix layer of the model), a class name (`Linear`), or a name pattern (`layer1.*.conv2`); one
+    of them, or several.
     keep: leave the layer in float. settings: fields of the quantizer that are different for these layers.
     optional: it is no error when no layer matches. why: shown in the preflight table.
     """
 
-    match: Sequence[str]
+    match: str | Sequence[str]
     keep: bool = False
     optional: bool = False
     why: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def patterns(self) -> list[str]:
+        return [self.match] if isinstance(self.match, str) else list(self.match)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +60,13 @@ class LayerRow:
 def quantize_(model: nn.Module, quantizer: Quantizer, rules: Iterable[Rule] = ()) -> list[LayerRow]:
     """Replace layers of `model` by the quantizer's own and say what was done, a row a layer.
 
-    Raises ValueError for a rule that matches no layer, and where the quantizer refuses a layer.
+    Raises ValueError for a rule that matches no layer, where the quantizer refuses a layer, and for a bare layer.
     """
     rules = list(rules)
     names = {module: name for name, module in model.named_modules() if name}
     handled = MATMUL + quantizer.handles
+    if isinstance(model, handled):  # nobody holds it, so that no other layer can take its place
+        raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place; put it into an nn.Sequential")
     _refuse_idle_rules(rules, names, handled)
     rows: list[LayerRow] = []
     for module, name in names.items():
@@ -130,12 +137,12 @@ def _refuse_idle_rules(
     candidates = {m: n for m, n in names.items() if isinstance(m, handled)}
     for rule in rules:
         if not rule.optional and not any(_matches(rule, m, n, names) for m, n in candidates.items()):
-            near = [hit for p in rule.match for hit in difflib.get_close_matches(p, candidates.values(), n=2)]
-            within = [f"{p}.*" for p in rule.match if any(name.startswith(f"{p}.") for name in candidates.values())]
+            near = [hit for p in rule.patterns for hit in difflib.get_close_matches(p, candidates.values(), n=2)]
+            within = [f"{p}.*" for p in rule.patterns if any(name.startswith(f"{p}.") for name in candidates.values())]
             hint = f" Did you mean {' or '.join(within or near)}?" if within or near else ""
             layers = ", ".join(n for m, n in names.items() if isinstance(m, MATMUL))
             raise ValueError(
-                f"rule {list(rule.match)} matches no layer.{hint} Layers: {layers}; also: first, last, a class name"
+                f"rule {rule.patterns} matches no layer.{hint} Layers: {layers}; also: first, last, a class name"
             )
 
 
@@ -144,7 +151,7 @@ def _decide(
 ) -> tuple[nn.Module | None, str]:
     rule = next((r for r in rules if _matches(r, module, name, names)), None)
     if rule is not None and rule.keep:
-        return None, rule.why or f"rule {', '.join(rule.match)}"
+        return None, rule.why or f"rule {', '.join(rule.patterns)}"
     if type(module) not in quantizer.handles:
         return None, f"{quantizer.name} has no layer for a {type(module).__name__}" if quantizer.handles else ""
     if rule is not None:
@@ -153,17 +160,17 @@ def _decide(
         new = quantizer.layer(module)
     except ValueError as error:
         raise ValueError(f"layer {name!r} ({type(module).__name__}): {error}") from error
-    reason = rule.why or f"rule {', '.join(rule.match)}" if rule is not None else ""
+    reason = rule.why or f"rule {', '.join(rule.patterns)}" if rule is not None else ""
     return new, reason or ("" if new is not None else f"left alone by {quantizer.name}")
 
 
 def _matches(rule: Rule, module: nn.Module, name: str, names: Mapping[nn.Module, str]) -> bool:
     if not rule.settings and not rule.keep:
-        raise ValueError(f"rule {list(rule.match)} says nothing: give keep: true or settings")
+        raise ValueError(f"rule {rule.patterns} says nothing: give keep: true or settings")
     matrix = [m for m in names if isinstance(m, MATMUL)]
     ends = {"first": matrix[:1], "last": matrix[-1:]}
     return any(
-        module in ends[p] if p in ends else type(module).__name__ == p or fnmatchcase(name, p) for p in rule.match
+        module in ends[p] if p in ends else type(module).__name__ == p or fnmatchcase(name, p) for p in rule.patterns
     )
 
 

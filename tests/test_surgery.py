@@ -34,6 +34,19 @@ def test_a_rule_matches_by_name_class_or_pattern(pattern: str) -> None:
     assert next(r for r in rows if r.layer == "2").becomes == "kept"
 
 
+def test_a_word_is_one_pattern() -> None:
+    rows = quantize_(network(), find("xnor")(), [Rule(match="first", keep=True), Rule(match="Linear", keep=True)])
+    assert [(r.layer, r.why) for r in rows if r.becomes == "kept"] == [("0", "rule first"), ("5", "rule Linear")]
+    with pytest.raises(ValueError, match=r"rule \['frist'\] matches no layer"):
+        quantize_(network(), find("xnor")(), [Rule(match="frist", keep=True)])
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 3, 3), nn.Linear(2, 2)])
+def test_a_bare_layer_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=rf"bare {type(layer).__name__} cannot be replaced in place; .*nn\.Sequential"):
+        quantize_(layer, find("xnor")())
+
+
 def test_a_rule_that_matches_nothing_is_an_error_unless_optional() -> None:
     with pytest.raises(ValueError, match=r"matches no layer.*Layers: 0, 2, 5"):
         quantize_(network(), find("xnor")(), [Rule(match=["conv9"], keep=True)])
