@@ -61,6 +61,10 @@ def quantize_(model: nn.Module, quantizer: Quantizer, rules: Iterable[Rule] = ()
     """Replace layers of `model` by the quantizer's own and say what was done, a row a layer.
 
     Raises ValueError for a rule that matches no layer, where the quantizer refuses a layer, and for a bare layer.
+
+    A training loop of your own then calls `calibrate_` on one batch before its first step, `project_` of each of the
+    `quantized_layers` after every step, and keeps weight decay from the parameters in their `no_decay`; quant/README.md has
+    an example.
     """
     rules = list(rules)
     names = {module: name for name, module in model.named_modules() if name}

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from runner.bench.literature import PEERS
 from runner.compose import choices_of
@@ -218,6 +220,21 @@ def test_what_is_said_of_packed_inference_is_in_the_rows() -> None:
     assert f"kernel takes {low:.0f} to {high:.0f} times as long, Larq Compute Engine's {larq} times" in README
     whole = next(row for row in rows_of("bench_model_resnet18.csv") if row["batch"] == "1")
     assert f"A whole ResNet-18 at batch 1: {float(whole['times float32']):.1f} times as fast as float32" in README
+
+
+def test_the_example_without_the_runner_runs() -> None:
+    """Parameter groups share nothing, and the state brings every step with it."""
+    (code,) = re.findall(r"^## Use without the runner$.*?^```python$(.*?)^```$", QUANT, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code, names)
+    model, again, kept = names["model"], names["again"], names["kept"]
+    steps = {name for name, parameter in model.named_parameters() if parameter in kept}
+    assert steps == {name for name, _ in model.named_parameters() if name.endswith(".step")}
+    decayed, free = names["optimizer"].param_groups
+    assert (decayed["weight_decay"], free["weight_decay"], len(free["params"])) == (1e-4, 0.0, len(kept))
+    assert len(decayed["params"]) + len(kept) == len(list(model.parameters()))
+    images = names["images"]
+    assert torch.equal(model.eval()(images), again.eval()(images))
 
 
 def test_every_published_file_is_named_on_a_page() -> None:

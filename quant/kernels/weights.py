@@ -44,6 +44,7 @@ class PackedWeight:
 def pack_weight(w: Tensor, padding: int | tuple[int, int] = 0, *, path: Processor | None = None) -> PackedWeight:
     """Pack the signs of w (O, C, KH, KW) of a convolution with this zero padding, or of w (O, C) of a linear layer.
 
+    A weight (O, C) is a kernel of 1 x 1: `binary_linear` takes its rows as (..., C), `binary_conv2d` as (N, C, 1, 1).
     `path` forces a code path (for tests); the default is the fastest that this processor has. Raises ValueError for other
     shapes and for a padding below 0.
     """
