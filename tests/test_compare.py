@@ -278,9 +278,8 @@ def page_of(path: Path, entry: Entry, rows: list[Entry]) -> Path:
     """The comparison of rows that differ from `entry` in a setting or two."""
     sheet = Sheet({})
     body = comparison_body(sheet, [entry["costs"]], "many")
-    add_rows(sheet, [encoded(row, entry["settings"]) for row in rows])
-    facts = {"base": entry["settings"], "costs": costs_in_words()}
-    return write_page(path, page("many", body, sheet.embed(**facts), SCRIPTS))
+    add_rows(sheet, [encoded(row, entry["settings"]) for row in rows], entry["settings"])
+    return write_page(path, page("many", body, sheet.embed(costs=costs_in_words()), SCRIPTS))
 
 
 def test_a_hundred_runs_of_two_hundred_epochs_make_a_page_of_a_few_megabytes(browser: Browser, tmp_path: Path) -> None:

@@ -193,6 +193,34 @@ def test_a_folder_without_a_run_is_followed_until_there_is_one(browser: Browser,
         server.close()
 
 
+def test_settings_of_runs_that_come_to_an_empty_folder_are_shown(browser: Browser, tmp_path: Path) -> None:
+    browser.open("about:blank", waits=False)  # the page before asks for a server that has ended
+    server = LiveServer(tmp_path)
+    try:
+        browser.open(server.address)
+        for count, quant in enumerate(("xnor", "lsq"), 1):
+            make_run(tmp_path / "runs" / quant, epochs=2, layers=LENET, drops=(), quant=quant)
+            browser.wait_for(f"document.getElementById('count').textContent.startsWith('{count} run')")
+        labels = "[...document.querySelectorAll('#results tbody th')].map(cell => cell.textContent).sort().join()"
+        browser.wait_for(f"{labels} === 'lsq,xnor'")
+        assert "—" not in browser.ask("document.getElementById('settings').textContent")
+        assert browser.complaints() == []
+    finally:
+        server.close()
+
+
+def test_rows_are_told_again_when_the_first_config_says_what_is_usual(tmp_path: Path) -> None:
+    (make_run(tmp_path / "bare", epochs=2, layers=LENET, drops=()) / "config.yaml").unlink()
+    watch = Watch([tmp_path])
+    watch.refresh(PATIENCE)
+    assert not watch.base
+    make_run(tmp_path / "whole", epochs=2, layers=LENET, drops=())
+    watch._next_search = 0.0
+    watch.refresh(PATIENCE)
+    bare = next(json.loads(run.row) for run in watch.runs.values() if run.folder.name == "bare")
+    assert bare["settings"]["regime.phases.0.lr"] is None
+
+
 def test_a_run_opens_its_live_page_which_ends_after_it(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,8 +64,9 @@
   }
 
   function read() {
-    runs = [...Page.named("runs").data.run].map((row) => JSON.parse(row)).filter((run) => run.id);  // live: some are not read yet
-    base = Page.page.base;
+    const {data, tags} = Page.named("runs");
+    runs = [...data.run].map((row) => JSON.parse(row)).filter((run) => run.id);  // live: some are not read yet
+    base = JSON.parse(tags[0]);
     keys = Comparison.differingKeys(runs.filter((run) => run.state !== "broken"), base);
     const byKey = keys.map((key) => [key, key]);
     choices(find("filter-key"), [["state", "state"], ...byKey], keys[0] ?? "state");

@@ -4,6 +4,7 @@ The page holds the rows of all runs (`runner.pages.entries`) in one data source;
 charts and tables, and does it again whenever a filter changes or, on a live page, a row does.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,8 +37,8 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     subtitle = f"{len(entries):,} run{'s' * (len(entries) != 1)}"
     body = comparison_body(sheet, [entry["costs"] for entry in entries], subtitle)
     base = base_of(entry["settings"] for entry in entries)
-    add_rows(sheet, [encoded(entry, base) for entry in entries])
-    return write_page(path, page("Comparison", body, sheet.embed(base=base, costs=costs_in_words()), SCRIPTS))
+    add_rows(sheet, [encoded(entry, base) for entry in entries], base)
+    return write_page(path, page("Comparison", body, sheet.embed(costs=costs_in_words()), SCRIPTS))
 
 
 def _page_of(folder: Path) -> Path:
@@ -74,9 +75,9 @@ def costs_in_words() -> dict[str, dict[str, object]]:
     return {key: {"title": cost.title, "unit": cost.unit, "scale": cost.scale} for key, cost in COSTS.items()}
 
 
-def add_rows(sheet: Sheet, rows: Sequence[str]) -> ColumnDataSource:
-    """Put the rows where compare.js looks for them."""
-    source = ColumnDataSource({"run": list(rows)}, name="runs")
+def add_rows(sheet: Sheet, rows: Sequence[str], base: dict[str, str]) -> ColumnDataSource:
+    """Put the rows where compare.js looks for them, together with the base that they differ from."""
+    source = ColumnDataSource({"run": list(rows)}, name="runs", tags=[json.dumps(base)])
     sheet.document.add_root(source)
     return source
 

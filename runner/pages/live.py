@@ -106,7 +106,7 @@ class ComparisonPage(Page):
         watch, sheet = self.live.watch, Sheet({})
         places = ", ".join(str(root) for root in watch.roots)
         body = comparison_body(sheet, live_documents.known_costs(watch), f"Live: runs below {places}")
-        self.send("Runs", body, sheet, "", SCRIPTS[1:], base=watch.base, costs=costs_in_words())
+        self.send("Runs", body, sheet, "", SCRIPTS[1:], costs=costs_in_words())
 
 
 class RunPage(Page):

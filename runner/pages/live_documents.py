@@ -1,5 +1,6 @@
 """The documents behind live pages: filled once, then kept up to date while somebody looks at them."""
 
+import json
 import time
 from typing import Any
 
@@ -23,10 +24,12 @@ def follow_comparison(document: Document, watch: Watch) -> None:
     """The comparison of all runs; rows are sent when they change."""
     sheet = Sheet({}, document=document)
     comparison_body(sheet, known_costs(watch), "")
-    source = add_rows(sheet, rows(watch))
+    source = add_rows(sheet, rows(watch), watch.base)
     seen = [watch.version, watch.places]
 
     def update() -> None:
+        # First, for a page that was opened before there was a run reads new rows by it.
+        source.tags = [json.dumps(watch.base)]
         if watch.places != seen[1]:
             source.data = {"run": rows(watch)}
         elif watch.version != seen[0]:

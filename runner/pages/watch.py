@@ -55,7 +55,7 @@ class Watch:
         elif not self._pending:
             self._pending = [run for run in self.runs.values() if run.state not in SETTLED]
         if not self.base:
-            self.base = base_of(settings_of(read_config(run.folder), {}) for run in self._pending[-SAMPLE:])
+            self._find_base()
         while self._new:
             self._glance(self._new.pop())
         while self._pending:  # one at least: a machine too busy for anything else gets there, too
@@ -81,6 +81,14 @@ class Watch:
                 self.runs[key] = self._new[-1]
                 self.places += 1
         self._pending = list(self.runs.values())[::-1]
+
+    def _find_base(self) -> None:
+        """What is usual, once there are configs; rows that were told without it are told again."""
+        self.base = base_of(settings_of(read_config(run.folder), {}) for run in self._pending[-SAMPLE:])
+        if self.base:
+            self._pending = list(self.runs.values())[::-1]
+            for run in self._pending:
+                run.stamp = ()
 
     def _glance(self, followed: Followed) -> None:
         """A row from the summary alone, so that ten thousand runs are listed at once."""
