@@ -41,6 +41,15 @@ def change(path: Path, **values: object) -> None:
     path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content))
 
 
+def cut_short(folder: Path, epochs: int) -> None:
+    """Make of a finished run one that was killed after some epochs."""
+    (folder / "summary.json").unlink()
+    change(folder / "status.json", state="interrupted")
+    for name in ("metrics.csv", "timing.csv"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[: epochs + 1]))
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_runs(tmp_path_factory.mktemp("outputs"))
@@ -132,6 +141,22 @@ def test_means_deviations_and_the_pareto_front(browser: Browser, compared: Path)
     assert "1 folder could not be read" in browser.ask("document.getElementById('broken').textContent")
     assert browser.requests() == [compared.as_uri()]
     assert browser.complaints() == []
+
+
+def test_beside_finished_seeds_an_unfinished_one_does_not_count(browser: Browser, tmp_path: Path) -> None:
+    cut_short(make_runs(tmp_path, ("xnor",)) / "runs" / "xnor-s1", 3)
+    folders = find_runs(tmp_path)
+    reached = [entry_of(read_run(folder), "x", 0)["reached"] for folder in (folders[0], folders[2])]
+    browser.open(write_comparison(folders, tmp_path / "comparison.html"))
+    ((_, n, *figures),) = (row[:5] for row in browser.ask(TABLE))
+    assert n == "3"
+    for figure, goal in zip(figures, ("test", "best", "last"), strict=True):
+        mean = sum(one[goal] for one in reached) / 2
+        assert figure.startswith(f"{mean:.2f} ± ")
+        assert figure.endswith(" (2 of 3)")
+    browser.open(write_comparison([folders[1]], tmp_path / "alone.html"))
+    best = entry_of(read_run(folders[1]), "x", 0)["reached"]["best"]
+    assert browser.ask(TABLE)[0][2] == f"{best:.2f}", "alone it says what it has"
 
 
 def test_numbers_within_words_come_in_the_order_of_numbers(browser: Browser, compared: Path) -> None:

@@ -96,10 +96,13 @@ const Comparison = (() => {
     return groups;
   }
 
+  // What a run has reached that is not finished says little beside those that are: it counts where there is nothing else.
   function withFigures(group) {
-    const all = (part, key) => stats(group.runs.map((run) => run[part][key]));
-    group.reached = Object.fromEntries(["test", "best", "last"].map((key) => [key, all("reached", key)]));
-    group.costs = Object.fromEntries(Object.keys(group.runs[0].costs).map((key) => [key, all("costs", key)]));
+    const finished = group.runs.filter((run) => run.state === "done");
+    const mean = (runs, part, key) => stats(runs.map((run) => run[part][key]));
+    group.reached = Object.fromEntries(["test", "best", "last"].map((key) =>
+      [key, mean(finished.length ? finished : group.runs, "reached", key)]));
+    group.costs = Object.fromEntries(Object.keys(group.runs[0].costs).map((key) => [key, mean(group.runs, "costs", key)]));
     group.epochs = Math.max(...group.runs.map((run) => run.epochs));
     return group;
   }
