@@ -50,6 +50,14 @@ def cut_short(folder: Path, epochs: int) -> None:
         (folder / name).write_text("".join(lines[: epochs + 1]))
 
 
+def takes(folder: Path, seconds: float) -> None:
+    """Say that every epoch of a run took so long, and its evaluation no time."""
+    header, *rows = [line.split(",") for line in (folder / "timing.csv").read_text().splitlines()]
+    spent = {"seconds": str(seconds), "eval_seconds": "0"}
+    told = [header, *([spent.get(name, cell) for name, cell in zip(header, row, strict=True)] for row in rows)]
+    (folder / "timing.csv").write_text("".join(",".join(row) + "\n" for row in told))
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_runs(tmp_path_factory.mktemp("outputs"))
@@ -157,6 +165,19 @@ def test_beside_finished_seeds_an_unfinished_one_does_not_count(browser: Browser
     browser.open(write_comparison([folders[1]], tmp_path / "alone.html"))
     best = entry_of(read_run(folders[1]), "x", 0)["reached"]["best"]
     assert browser.ask(TABLE)[0][2] == f"{best:.2f}", "alone it says what it has"
+
+
+def test_the_mean_curve_never_goes_back_in_time(browser: Browser, tmp_path: Path) -> None:
+    """Where a slow seed ends, those that are left are faster than the mean was."""
+    make_runs(tmp_path, ("xnor",))
+    slow = tmp_path / "runs" / "xnor-s1"
+    cut_short(slow, 3)
+    for folder, seconds in zip(find_runs(tmp_path), (10, 40, 10), strict=True):
+        takes(folder, seconds)
+    browser.open(write_comparison(find_runs(tmp_path), tmp_path / "comparison.html"))
+    browser.ask("document.querySelector('input[name=compared][value=time]').click()")
+    times = browser.ask(f"[...{LINES}.xs[0]]")
+    assert [60 * time for time in times] == pytest.approx([20, 40, 60, *range(70, 160, 10)])
 
 
 def test_numbers_within_words_come_in_the_order_of_numbers(browser: Browser, compared: Path) -> None:

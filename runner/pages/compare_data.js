@@ -122,13 +122,27 @@ const Comparison = (() => {
   function curveOf(group, metric, axis) {
     const curves = group.runs.map((run) => run.curve).filter((curve) => curve[metric] && curve[axis]);
     const epochs = unique(curves.flatMap((curve) => curve.epoch)).sort((a, b) => a - b);
+    const xs = positions(curves, axis, epochs);
     const points = [];
-    for (const epoch of epochs) {
-      const {n, mean, sd} = stats(curves.map((curve) => at(curve, metric, epoch)));
-      const x = stats(curves.map((curve) => at(curve, axis, epoch))).mean;
+    epochs.forEach((epoch, index) => {
+      const [x, {n, mean, sd}] = [xs[index], stats(curves.map((curve) => at(curve, metric, epoch)))];
       if (n && x !== null) points.push({x, mean, low: mean - (sd ?? 0), high: mean + (sd ?? 0), n});
-    }
+    });
     return points;
+  }
+
+  // Where on an axis each epoch of a mean curve is. The mean of the times of those that are left would jump where a slow or
+  // a fast seed ends, even backwards. So what each epoch took is averaged over the seeds that went through it, and added up:
+  // it never goes back, no seed's time is left out, and no more is claimed of a seed than it has done.
+  function positions(curves, axis, epochs) {
+    let [before, sum] = [curves.map(() => 0), 0];
+    return epochs.map((epoch) => {
+      const here = curves.map((curve) => at(curve, axis, epoch));
+      const {mean} = stats(here.map((place, i) => place === null || before[i] === null ? null : place - before[i]));
+      if (mean === null) return null;
+      [before, sum] = [here, sum + mean];
+      return sum;
+    });
   }
 
   // Those that nothing else beats at the same or a lower cost.
