@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,26 @@ def test_the_mean_curve_never_goes_back_in_time(browser: Browser, tmp_path: Path
     browser.ask("document.querySelector('input[name=compared][value=time]').click()")
     times = browser.ask(f"[...{LINES}.xs[0]]")
     assert [60 * time for time in times] == pytest.approx([20, 40, 60, *range(70, 160, 10)])
+
+
+def test_a_seed_that_was_run_again_under_another_name_counts_once(browser: Browser, tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, ("xnor",)) / "runs"
+    for name, day, top1 in (("again", 25, 95.0), ("long-ago", 15, 10.0)):
+        shutil.copytree(runs / "xnor-s0", runs / name)
+        change(runs / name / "config.yaml", name=name)
+        change(runs / name / "summary.json", name=name, test_top1=top1)
+        change(runs / name / "status.json", updated=f"2026-11-{day}T00:00:00+00:00")
+    shutil.copytree(runs / "xnor-s1", runs / "unfinished")
+    cut_short(runs / "unfinished", 3)
+    change(runs / "unfinished" / "status.json", updated="2026-12-01T00:00:00+00:00")
+    browser.open(write_comparison(find_runs(tmp_path), tmp_path / "comparison.html"))
+    (row,) = browser.ask(TABLE)
+    assert row[1] == "3"
+    assert row[2].startswith(f"{(95.0 + 90.1 + 90.2) / 3:.2f} ± "), "the newest that is finished"
+    assert "6 runs of 6, 1 configuration, 3 runs left out" in browser.ask(
+        "document.getElementById('count').textContent"
+    )
+    assert browser.complaints() == []
 
 
 def test_numbers_within_words_come_in_the_order_of_numbers(browser: Browser, compared: Path) -> None:

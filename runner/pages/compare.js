@@ -108,8 +108,10 @@
     const chosen = chosenRuns();
     groups = Comparison.grouped(chosen, keys, base).map(Comparison.withFigures);
     const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
+    const again = chosen.length - groups.reduce((sum, group) => sum + group.runs.length, 0);
     find("count").textContent = runs.length ? `${count(chosen.length, "run")} of ${runs.length.toLocaleString("en")}, `
-      + `${count(groups.length, "configuration")}; mean ± standard deviation over seeds` : "No run yet: the first one appears here.";
+      + `${count(groups.length, "configuration")}${again ? `, ${count(again, "run")} left out, as another has the same seed` : ""}; `
+      + "mean ± standard deviation over seeds" : "No run yet: the first one appears here.";
     find("chips").replaceChildren(...filters.map(([key, value], index) => element("button",
       {type: "button", "data-unfilter": index, "aria-label": `Remove the filter ${key} = ${value}`}, `${key} = ${value ?? "—"} ✕`)));
     chooseStyles();

@@ -49,7 +49,20 @@ const Comparison = (() => {
       if (!groups.has(id)) groups.set(id, {id, runs: [], values: Object.fromEntries(settings.map((key, i) => [key, values[i]]))});
       groups.get(id).runs.push(run);
     }
+    for (const group of groups.values()) group.runs = oneEachSeed(group.runs);
     return named([...groups.values()], settings, base);
+  }
+
+  // The same configuration and seed again, under another name, is no further sample: the newest finished run of a seed counts.
+  function oneEachSeed(runs) {
+    const counting = new Map();
+    const rank = (run) => `${run.state === "done" ? 1 : 0} ${run.updated}`;
+    for (const run of runs) {
+      const seed = run.seed || run.id;  // where no file tells it, nothing says that it is the same
+      const other = counting.get(seed);
+      if (!other || rank(run) > rank(other)) counting.set(seed, run);
+    }
+    return [...counting.values()];
   }
 
   // Short names: the choices that differ, then the keys in which configurations of the same choices still differ.
