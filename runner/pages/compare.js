@@ -231,12 +231,14 @@
         shown_x: ofCost(key, x), shown_y: spread(group.reached[goal], group.runs.length), cost: title, goal: GOALS[goal]});
     }
     source.data = columns;
-    const front = Comparison.paretoFront(points.filter(({group}) => opacity(styles.get(group.id)) === 1));
-    Page.named(`front-${key}`).data = {x: front.map((point) => point.x / scale), y: front.map((point) => point.y)};
+    const fronts = Comparison.paretoFronts(points.filter(({group}) => opacity(styles.get(group.id)) === 1));
+    // Where no number is, the line is broken.
+    Page.named(`front-${key}`).data = {x: fronts.flatMap((front) => [...front.map((point) => point.x / scale), NaN]),
+      y: fronts.flatMap((front) => [...front.map((point) => point.y), NaN])};
     const ticker = Page.named(`ticks-${key}`);
     if (ticker) ticker.ticks = Comparison.roundValues(points.map((point) => point.x / scale), key === "weight_bits");
     box.setAttribute("aria-label", `${GOALS[goal]} against ${title} for ${points.length} configurations. `
-      + `On the Pareto front: ${front.map((point) => point.group.label).join("; ") || "none"}. The numbers are in the table of results.`);
+      + `On the Pareto front: ${fronts.flat().map((point) => point.group.label).join("; ") || "none"}. The numbers are in the table of results.`);
   }
 
   // A table: headings that sort, a page of rows at a time, so that ten thousand runs are no burden.

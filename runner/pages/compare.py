@@ -104,7 +104,8 @@ def comparison_body(sheet: Sheet, costs: Iterable[Costs], subtitle: str) -> str:
 <div class="panels wide">{curves}</div>
 <h2>Accuracy against cost</h2>
 <div class="controls">{_select("goal", "Accuracy", ())}
-<span class="small quiet">A dotted line joins what nothing else beats at the same or a lower cost (the Pareto front).</span></div>
+<span class="small quiet">A dotted line joins what nothing else beats at the same or a lower cost
+(the Pareto front); every network and every set of images has its own.</span></div>
 <div class="even costs">{charts}</div>
 <p id="costs-none" hidden>What these configurations cost is the same for all, or not known yet.</p>
 {_table("results", "Results", "One row a configuration; mean ± standard deviation over seeds; a click on a heading sorts")}

@@ -4,6 +4,8 @@
 const Comparison = (() => {
   const CHOICES = ["model.name", "quant.name", "dataset.name", "classifier.name", "regularizer.name"];
   const MOST_IN_LABEL = 3;
+  // Keys of the network, and of a data set those that say which images it has, not how they are trained on.
+  const OF_TASK = /^(model\.|dataset\.(?!augment\.|(drop_last|input_size|mean|std)$))/;
   const valueOf = (run, key, base) => key === "state" ? run.state : key in run.settings ? run.settings[key] : base[key] ?? null;
   const known = (values) => values.filter((value) => value !== null && value !== undefined);
   const unique = (values) => [...new Set(values)];
@@ -69,8 +71,7 @@ const Comparison = (() => {
   function named(groups, keys, base) {
     const choices = keys.filter((key) => CHOICES.includes(key));
     const family = (group) => JSON.stringify(choices.map((key) => group.values[key]));
-    const families = Map.groupBy ? Map.groupBy(groups, family) : groupBy(groups, family);
-    for (const members of families.values()) {
+    for (const members of groupBy(groups, family).values()) {
       const own = telling(members, keys.filter((key) => !choices.includes(key)));
       const taken = new Map();
       for (const group of members) {
@@ -105,7 +106,11 @@ const Comparison = (() => {
 
   function groupBy(items, key) {
     const groups = new Map();
-    for (const item of items) groups.set(key(item), [...groups.get(key(item)) ?? [], item]);
+    for (const item of items) {
+      const kind = key(item);
+      if (!groups.has(kind)) groups.set(kind, []);
+      groups.get(kind).push(item);
+    }
     return groups;
   }
 
@@ -158,6 +163,12 @@ const Comparison = (() => {
     });
   }
 
+  // One front for each network and each set of images: an accuracy on some of the images, or of another network, beats nothing.
+  function paretoFronts(points) {
+    const task = ({group}) => JSON.stringify(Object.entries(group.values).filter(([key]) => OF_TASK.test(key)));
+    return [...groupBy(points, task).values()].map(paretoFront);
+  }
+
   // Those that nothing else beats at the same or a lower cost.
   function paretoFront(points) {
     const front = [];
@@ -191,5 +202,5 @@ const Comparison = (() => {
     return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, index) => Number(((first + index) * step).toPrecision(12)));
   }
 
-  return {valueOf, differingKeys, grouped, withFigures, curveOf, paretoFront, inOrder, unique, known, roundValues};
+  return {valueOf, differingKeys, grouped, withFigures, curveOf, paretoFronts, inOrder, unique, known, roundValues};
 })();
