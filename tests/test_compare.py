@@ -227,6 +227,17 @@ def test_every_network_and_every_set_of_images_has_its_own_pareto_front(browser:
     assert browser.complaints() == []
 
 
+def test_the_same_seeds_have_the_same_colour_whatever_their_folders_are_called(
+    browser: Browser, tmp_path: Path
+) -> None:
+    runs = make_runs(tmp_path, ("lsq", "xnor")) / "runs"
+    (runs / "xnor-s2").rename(runs / "xnor-first")
+    browser.open(write_comparison(find_runs(tmp_path), tmp_path / "comparison.html"))
+    choose(browser, "colour-key", "seed")
+    assert browser.ask("[...document.querySelectorAll('#legend-colour button')].map(b => b.textContent)") == ["0, 1, 2"]
+    assert len(set(browser.ask(f"[...{LINES}.colour]"))) == 1
+
+
 def test_numbers_within_words_come_in_the_order_of_numbers(browser: Browser, compared: Path) -> None:
     browser.open(compared)
     words = ["lr=0.1", "lr=0.03", "lr=1e-05", "none", "10", "9", "-1", "-0.5"]

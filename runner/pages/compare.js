@@ -269,11 +269,10 @@
   }
 
   function links(group) {
-    const sorted = [...group.runs].sort((a, b) => inOrder(a.seed, b.seed));
-    const shown = sorted.slice(0, 12).flatMap((run) => [" ", element("a", {href: run.link,
+    const shown = group.runs.slice(0, 12).flatMap((run) => [" ", element("a", {href: run.link,
       "aria-label": `${run.name}, ${run.state}`, title: `${run.name}: ${run.state}${run.reason ? `, ${run.reason}` : ""}`},
       `${run.seed || "run"}${{done: "", running: "\u00a0…"}[run.state] ?? ` (${run.state})`}`)]);
-    return sorted.length > 12 ? [...shown, ` and ${sorted.length - 12} more`] : shown.slice(1);
+    return group.runs.length > 12 ? [...shown, ` and ${group.runs.length - 12} more`] : shown.slice(1);
   }
 
   function results() {

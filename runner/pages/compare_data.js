@@ -64,7 +64,7 @@ const Comparison = (() => {
       const other = counting.get(seed);
       if (!other || rank(run) > rank(other)) counting.set(seed, run);
     }
-    return [...counting.values()];
+    return [...counting.values()].sort((a, b) => inOrder(a.seed, b.seed));  // the same seeds are to read the same in all groups
   }
 
   // Short names: the choices that differ, then the keys in which configurations of the same choices still differ.
