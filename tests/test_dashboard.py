@@ -353,6 +353,21 @@ def test_in_a_browser_the_controls_do_what_they_say(browser: Browser, whole: Pat
     assert browser.complaints() == []
 
 
+def test_in_a_browser_a_window_at_an_edge_keeps_its_width(browser: Browser, whole: Path) -> None:
+    browser.open(whole)
+    everything = browser.ask(RANGE)
+    browser.ask("document.querySelector('[data-move=closer]').click()")
+    start, end = browser.ask(RANGE)
+    for way, edge in (("later", everything[1]), ("earlier", 0)):
+        for _ in range(5):
+            browser.ask(f"document.querySelector('[data-move={way}]').click()")
+        left, right = browser.ask(RANGE)
+        assert right - left == pytest.approx(end - start)
+        assert edge in (left, pytest.approx(right))
+    browser.ask("document.querySelector('[data-move=wider]').click()")
+    assert browser.ask(RANGE) == everything
+
+
 def test_in_a_browser_tooltips_count_epochs_as_the_axis_does(browser: Browser, whole: Path) -> None:
     browser.open(whole)
     box = browser.box("#plot-accuracy")

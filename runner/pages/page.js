@@ -86,7 +86,11 @@ const Page = (() => {
     const range = models("Range1d").find((candidate) => candidate.name === "x");
     if (!range) return;
     const [start, end] = moves[kind](range.start, range.end - range.start);
-    show(Math.max(start, page.start), Math.min(end, page.end));
+    const width = end - start;
+    if (width > (page.end - page.start) * (1 - 1e-9)) return show(page.start, page.end);  // all of it, not all but a rounding error
+    // At an edge the window stops as a whole: were its ends held back one by one, it would shrink.
+    const left = Math.max(page.start, Math.min(start, page.end - width));
+    show(left, left + width);
   }
 
   const keys = {"+": "closer", "-": "wider", ArrowLeft: "earlier", ArrowRight: "later", Escape: "reset"};
