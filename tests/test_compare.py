@@ -238,6 +238,29 @@ def test_the_same_seeds_have_the_same_colour_whatever_their_folders_are_called(
     assert len(set(browser.ask(f"[...{LINES}.colour]"))) == 1
 
 
+def test_a_run_without_a_config_stands_alone_under_its_name(browser: Browser, tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, ("xnor",)) / "runs"
+    for folder in find_runs(runs):
+        change(folder / "config.yaml", classifier={"name": "learned"}, regularizer={"name": "none"})
+    (runs / "xnor-s2" / "config.yaml").unlink()
+    browser.open(write_comparison(find_runs(tmp_path), tmp_path / "comparison.html"))
+    rows = {row[0]: row for row in browser.ask(TABLE)}
+    assert {name: row[1] for name, row in rows.items()} == {"xnor": "2", "run=xnor-s2": "1"}
+    assert "2" in rows["run=xnor-s2"], "its seed stands in its summary"
+    assert browser.ask("document.querySelectorAll('#settings tbody tr').length") <= 2, (
+        "what nobody knows does not differ"
+    )
+    assert browser.complaints() == []
+
+
+def test_a_choice_of_none_says_what_is_left_out(browser: Browser, tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, ("xnor",), 2) / "runs"
+    for folder, name in zip(find_runs(runs), ("none", "kurtosis"), strict=True):
+        change(folder / "config.yaml", regularizer={"name": name})
+    browser.open(write_comparison(find_runs(tmp_path), tmp_path / "comparison.html"))
+    assert sorted(row[0] for row in browser.ask(TABLE)) == ["kurtosis", "regularizer=none"]
+
+
 def test_numbers_within_words_come_in_the_order_of_numbers(browser: Browser, compared: Path) -> None:
     browser.open(compared)
     words = ["lr=0.1", "lr=0.03", "lr=1e-05", "none", "10", "9", "-1", "-0.5"]

@@ -21,12 +21,15 @@ const Comparison = (() => {
     return place % 2 && y ? x - y || x.localeCompare(y) : x.localeCompare(y);
   }
 
+  // A run without a config is told from all others by its name; a key that it does not know is none in which it differs.
+  const tells = (run, key, base) => valueOf(run, key, base) !== null || valueOf(run, "run", base) === null;
+
   // The keys in which runs differ, choices of a whole component first.
   function differingKeys(runs, base) {
     const candidates = unique(runs.flatMap((run) => Object.keys(run.settings)));
     const differing = candidates.filter((key) => {
-      const first = runs.length ? valueOf(runs[0], key, base) : null;
-      return runs.some((run) => valueOf(run, key, base) !== first);
+      const knowing = runs.filter((run) => tells(run, key, base));
+      return knowing.some((run) => valueOf(run, key, base) !== valueOf(knowing[0], key, base));
     });
     const rank = (key) => (CHOICES.indexOf(key) + CHOICES.length + 1) % (CHOICES.length + 1);
     return differing.sort((a, b) => rank(a) - rank(b) || inOrder(a, b));
@@ -72,11 +75,12 @@ const Comparison = (() => {
     const choices = keys.filter((key) => CHOICES.includes(key));
     const family = (group) => JSON.stringify(choices.map((key) => group.values[key]));
     for (const members of groupBy(groups, family).values()) {
-      const own = telling(members, keys.filter((key) => !choices.includes(key)));
+      const own = telling(members.filter((group) => !group.values.run), keys.filter((key) => !choices.includes(key)));
       const taken = new Map();
       for (const group of members) {
-        const words = choices.map((key) => group.values[key] ?? "—");
-        const details = own.map((key) => `${key.split(".").slice(1).join(".") || key}=${short(group.values[key])}`);
+        const words = choices.map((key) => word(key, group.values[key] ?? "—"));
+        const details = group.values.run ? [`run=${group.values.run}`]
+          : own.map((key) => `${key.split(".").slice(1).join(".") || key}=${short(group.values[key])}`);
         const label = [...words, ...details].join(" ") || base["quant.name"] || group.runs[0].name;
         taken.set(label, (taken.get(label) ?? 0) + 1);
         group.label = taken.get(label) > 1 ? `${label} (${taken.get(label)})` : label;
@@ -84,6 +88,9 @@ const Comparison = (() => {
     }
     return groups.sort((a, b) => inOrder(a.label, b.label));
   }
+
+  // "none" alone is taken for a quantizer.
+  const word = (key, value) => value === "none" && key !== "quant.name" ? `${key.split(".")[0]}=none` : value;
 
   // The keys in which groups differ; where these are many, the few that tell the groups apart.
   function telling(groups, keys) {

@@ -83,13 +83,16 @@ def encoded(entry: Entry, base: dict[str, str]) -> str:
 def brief_of(run: Run, link: str, base: dict[str, str]) -> Entry:
     """The row of a run of which only the summary was read: it stands alone until its settings are known."""
     entry = entry_of(run, link, 0)
-    return entry | {"seed": str(run.summary.get("seed", "")), "settings": base | entry["settings"] | {"run": run.name}}
+    return entry | {"settings": base | entry["settings"]}
 
 
 def entry_of(run: Run, link: str, points: int) -> Entry:
-    """The row of a run with all of its settings; `points` is how many points a curve may have."""
+    """The row of a run with all of its settings; `points` is how many points a curve may have.
+
+    Without a config nobody knows them all: such a run is told from every other by a setting `run`, its name.
+    """
     metrics, summary = run.metrics, run.summary
-    settings = settings_of(run.config, run.summary)
+    settings = settings_of(run.config, run.summary) | ({} if run.config else {"run": run.name})
     return {
         "id": identity(run.folder),
         "name": run.name,

@@ -37,10 +37,16 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 def settings_of(config: Mapping[str, object], summary: Mapping[str, object]) -> dict[str, str]:
     """The settings that can change a number of the result, each as its YAML says it; without a config, what the summary knows."""
-    flat = flatten(config) or {f"{group}.name": summary[group] for group in CHOSEN if group in summary}
+    flat = flatten(config) or _told_by(summary)
     if flat.get("dataset.name") == "folder":  # its place is all that tells it from another
         flat["dataset.name"] = f"folder {flat.get('dataset.root')}"
     return {key: shown(value) for key, value in flat.items() if key not in NO_SETTINGS and not key.endswith(REMARKS)}
+
+
+def _told_by(summary: Mapping[str, object]) -> dict[str, object]:
+    """The settings that a summary repeats."""
+    names = {f"{group}.name": summary[group] for group in CHOSEN if group in summary}
+    return names | ({"seed": summary["seed"]} if "seed" in summary else {})
 
 
 def usual_settings(config: Mapping[str, object]) -> Mapping[str, object]:
