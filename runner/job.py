@@ -200,11 +200,11 @@ def _left_out(run: Run) -> str:
 
 def _saved_bytes(run: Run, images: Tensor) -> int:
     """Bytes for backward that one more image in the batch costs, not compiled: what is kept once a batch (weights) drops out."""
+    if len(images) < 4:  # half of them has to be a batch of its own, and batch norm has no variance of one value
+        images = torch.cat([images, images])
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
     half = len(images) // 2
     forward = accelerate(run.model.train(), run.config.trainer.model_copy(update={"compile": False}), run.device)
-    if half == 0:
-        return round(saved_bytes_per_sample(run.model, images, labels, forward))
     whole, part = (saved_bytes_per_sample(run.model, images[:n], labels[:n], forward) * n for n in (len(images), half))
     return round((whole - part) / (len(images) - half))
 

@@ -60,6 +60,15 @@ def test_bytes_saved_for_backward_are_those_of_the_precision_that_trains(tmp_pat
     assert less < 0.8 * kept
 
 
+@pytest.mark.parametrize(("limit", "batch_size"), [(2, 2), (3, 2), (3, 3), (5, 2), (4, 4)])
+def test_a_handful_of_images_is_enough_to_train_on(tmp_path: Path, limit: int, batch_size: int) -> None:
+    """Also where the network normalises vectors, of which a batch of one has no variance."""
+    found = run(tmp_path, "epochs=1", f"dataset.limit={limit}", f"batch_size={batch_size}")
+    other = run(tmp_path / "more", "epochs=1", "trainer.max_steps=1")
+    few, many = (json.loads((f / "summary.json").read_text())["saved_bytes_per_sample"] for f in (found, other))
+    assert few == many
+
+
 def test_an_average_of_the_weights_is_what_gets_evaluated(tmp_path: Path) -> None:
     plain, averaged = run(tmp_path / "a", "epochs=2"), run(tmp_path / "b", "epochs=2", "trainer.ema=0.99")
     a, b = (pd.read_csv(path / "metrics.csv") for path in (plain, averaged))
