@@ -165,7 +165,8 @@ def _measured(
 def _sizes(config: RunConfig, model: nn.Module, data: Data) -> dict[str, int]:
     """Batch and input size of the last epoch: those of the run's own test, so that the figures agree to the last digit."""
     phases = phases_of(config, model)[1]
-    epochs = epochs_begun(first_steps(config, phases, len(data.train)), config.trainer.max_steps)
+    begun = epochs_begun(first_steps(config, phases, len(data.train)), config.trainer.max_steps)
+    epochs = begun or config.total_epochs  # none, where fewer images than a batch are left of those trained on
     setting = data_setting_at(phases, epochs - 1)
     return {
         "batch_size": setting["batch_size"],

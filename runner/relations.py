@@ -24,7 +24,7 @@ def relation_faults(parts: Mapping[str, Any], quantizers: Mapping[str, Component
             yield from _idle_penalty_faults(parts["regime"].phases)
     if "data_regime" in parts and parts["data_regime"].phases is not None:
         yield from data_phase_faults("data_regime", parts["data_regime"].phases)
-        if "dataset" in parts:
+        if "dataset" in parts and parts.get("mode") != "evaluate":  # which forms no batch of training images
             yield from _batch_faults(parts["data_regime"].phases, parts["dataset"])
     if parts.get("mode") == "evaluate" and not parts.get("checkpoint", "wrong"):
         yield Fault("checkpoint", "mode=evaluate needs checkpoint=PATH: a run folder, a checkpoint or a weights file")

@@ -194,6 +194,10 @@ def test_a_batch_larger_than_the_data_set_is_refused_whoever_made_it_so() -> Non
     )
 
 
+def test_evaluation_forms_no_batch_of_training_images() -> None:
+    check(changed(mode="evaluate", checkpoint="somewhere", dataset__limit=20))
+
+
 def test_what_keys_must_be_to_one_another() -> None:
     assert "mode=evaluate needs checkpoint=PATH" in faults(changed(mode="evaluate"))["checkpoint"]
     assert "mode=evaluate needs checkpoint=PATH" in faults(changed(mode="evaluate", checkpoint=""))["checkpoint"]

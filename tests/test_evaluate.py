@@ -88,6 +88,13 @@ def test_words_change_what_they_name_and_nothing_else(finished: Path) -> None:
     assert whole["test_top1"] != summary(finished)["test_top1"], "the whole section, with the defaults of its file"
 
 
+def test_what_only_training_needs_is_not_asked_for(finished: Path) -> None:
+    """Fewer training images than a batch: the figures are of the test set, which is whole."""
+    for limit in (10, 1):
+        few = evaluated(f"checkpoint={finished}", f"dataset.limit={limit}", "dataset.drop_last=true")
+        assert few["test_top1"] == summary(finished)["test_top1"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
