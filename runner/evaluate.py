@@ -25,6 +25,7 @@ from runner.weights import Weights, load_exactly, read_weights
 
 PLAIN = {"amp": "none", "compile": False, "recompute": "none", "backward": "exact"}  # what only training asks for
 KEPT_HERE = ("cache", "download")  # keys of a data set that a stored config has no say in
+SCALE = ("mean", "std")  # belong to the weights, whatever images they are tried on
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load_stored(raw: Mapping[str, Any], said: Sequence[str]) -> Stored:
     config = check(_with_stored(raw, weights, said))
     device = pick_device(config.trainer.device)
     prepare(config.seed, config.trainer.threads, device)
-    data = load(config.dataset, device=device)
+    data = _load_fitting(config.dataset, device, weights.source, said)
     built = build(
         config.model_copy(update={"pretrained": None}),
         in_channels=data.in_channels,
@@ -57,6 +58,18 @@ def load_stored(raw: Mapping[str, Any], said: Sequence[str]) -> Stored:
     load_exactly(built.model, weights)
     model = built.model.to(device).eval()
     return Stored(config, model, data, weights, _sizes(config, model, data))
+
+
+def _load_fitting(config: DatasetConfig, device: torch.device, source: Path, said: Sequence[str]) -> Data:
+    """The data set. Raises BadData where its images have other channels than the stored mean and deviation are of."""
+    try:
+        return load(config, device=device)
+    except ConfigError as error:
+        scale = {f"dataset.{key}" for key in SCALE}
+        if scale & set(said) or not scale & {fault.path for fault in error.faults}:
+            raise
+        count = len(config.mean or ())
+        raise BadData(f"{source}: made for {count} channels, which the images of {config.name} do not have") from error
 
 
 def evaluate_stored(raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
@@ -190,6 +203,9 @@ def _with_stored(raw: Mapping[str, Any], weights: Weights, said: Sequence[str]) 
     here = {"cache": None, "download": False} | (raw["dataset"] if isinstance(raw["dataset"], dict) else {})
     merged["dataset"] |= {key: here[key] for key in KEPT_HERE if key in merged["dataset"]}
     _overlay(raw, merged, [*said, "mode", "checkpoint", "trainer.progress"])
+    if "dataset" in said and isinstance(merged["dataset"], dict):
+        kept = [key for key in SCALE if not any(word.startswith(f"dataset.{key}") for word in said)]
+        merged["dataset"] |= {key: weights.config["dataset"][key] for key in kept}
     return merged
 
 

@@ -88,6 +88,21 @@ def test_words_change_what_they_name_and_nothing_else(finished: Path) -> None:
     assert whole["test_top1"] != summary(finished)["test_top1"], "the whole section, with the defaults of its file"
 
 
+def test_another_data_set_is_scaled_as_in_training(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As by a packed file of the same run: the mean and the deviation belong to the weights."""
+    assert run(["export", f"checkpoint={finished}", "format=packed", "trainer.progress=none"]) == 0
+    packed = finished / "model.packed.safetensors"
+    words = ["dataset=synthetic", "dataset.size=28", "dataset.channels=1", "dataset.seed=3", "dataset.noise=0.9"]
+    assert run(["evaluate", f"checkpoint={packed}", *words, "trainer.progress=none"]) == 0
+    by_packed = json.loads(packed.with_name(f"{packed.name}.evaluation.json").read_text())
+    by_run = evaluated(f"checkpoint={finished}", *words)
+    assert by_run["test_loss"] == pytest.approx(by_packed["test_loss"], rel=1e-4)
+    own = evaluated(f"checkpoint={finished}", *words, "dataset.mean=null", "dataset.std=null")
+    assert own["test_loss"] != pytest.approx(by_run["test_loss"], rel=1e-4)
+    assert run(["evaluate", f"checkpoint={finished}", "dataset=synthetic", "dataset.channels=3"]) == 65
+    assert "made for 1 channels, which the images of synthetic do not have" in capsys.readouterr().err
+
+
 def test_what_only_training_needs_is_not_asked_for(finished: Path) -> None:
     """Fewer training images than a batch: the figures are of the test set, which is whole."""
     for limit in (10, 1):
