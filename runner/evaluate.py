@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from quant.inference import BadPackedFile, PackedModel, looks_packed
 from quant.inference.attributes import whole
 from runner.build import build, phases_of
-from runner.config import check
+from runner.compose import keys_of
+from runner.config import check, flat
 from runner.data.load import Data, load
 from runner.environment import environment, pick_device, prepare
 from runner.faults import BadData, ConfigError, Fault, MissingInput, shortened
@@ -25,6 +26,7 @@ from runner.weights import Weights, load_exactly, read_weights
 
 PLAIN = {"amp": "none", "compile": False, "recompute": "none", "backward": "exact"}  # what only training asks for
 KEPT_HERE = ("cache", "download")  # keys of a data set that a stored config has no say in
+SPLIT = ("test_fraction", "test_seed", "validation", "val_fraction", "split_seed")  # which images are trained on
 SCALE = ("mean", "std")  # belong to the weights, whatever images they are tried on
 
 
@@ -72,21 +74,42 @@ def _load_fitting(config: DatasetConfig, device: torch.device, source: Path, sai
         raise BadData(f"{source}: made for {count} channels, which the images of {config.name} do not have") from error
 
 
-def evaluate_stored(raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
-    """Measure validation and test set; print the figures, save them beside the weights, and return them."""
+def evaluate_stored(raw: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Measure validation and test set; print the figures, save them beside the weights, and return them.
+
+    `words`: the command line that composes to `raw`.
+    """
     path = Path(str(raw["checkpoint"]))
     if path.is_file() and looks_packed(path):
-        return _evaluate_packed(path, raw, said)
-    stored = load_stored(raw, said)
+        return _evaluate_packed(path, raw, words)
+    stored = load_stored(raw, keys_of(words))
     source = stored.weights.source
     target = (source if source.is_dir() else source.parent) / "evaluation.json"
     screen = Screen(stored.config.trainer.progress)
-    return _measured(stored.model, stored.data, stored.sizes, str(source), stored.config, target, screen)
+    _warn_of_trained_images(stored.weights.config.get("dataset"), stored.config, screen)
+    facts = {"weights": str(source), "words": _changes(words)}
+    return _measured(stored.model, stored.data, stored.sizes, facts, stored.config, target, screen)
 
 
-def _evaluate_packed(path: Path, raw: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
+def _changes(words: Sequence[str]) -> list[str]:
+    """The words that may change a figure: without those that only say what to measure."""
+    return [word for word, key in zip(words, keys_of(words), strict=True) if key not in ("mode", "checkpoint")]
+
+
+def _warn_of_trained_images(stored: Any, config: RunConfig, screen: Screen) -> None:
+    """Where the images of the run are split otherwise than in training: `stored` is what the file says of its data set."""
+    now = flat(config)["dataset"]
+    if not isinstance(stored, dict) or any(stored.get(key) != now.get(key) for key in ("name", "root")):
+        return
+    other = [f"dataset.{key}" for key in SPLIT if key in stored and stored[key] != now.get(key)]
+    if other:
+        what = "images that the network was trained on may be among those measured"
+        screen.say(f"warning: {', '.join(other)}: not as in training; {what}")
+
+
+def _evaluate_packed(path: Path, raw: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The same of a packed network, with the preprocessing and the data set that its file names; on the CPU."""
-    model = read_packed(path)
+    model, said = read_packed(path), keys_of(words)
     config = check(_with_data_of(model, raw, said))
     device, screen = torch.device("cpu"), Screen(config.trainer.progress)
     prepare(config.seed, config.trainer.threads, device)
@@ -100,9 +123,9 @@ def _evaluate_packed(path: Path, raw: Mapping[str, Any], said: Sequence[str]) ->
     said_size = raw["batch_size"] if "batch_size" in said else None
     sizes = {"batch_size": said_size or _batch_size_of(model, path), "input_size": take.size}
     screen.say(f"packed network: {model.nbytes:,} bytes of tensors, kernel {model.kernel}" + why_float(model))
-    return _measured(
-        Wrapped(model), data, sizes, str(path), config, path.with_name(f"{path.name}.evaluation.json"), screen
-    )
+    _warn_of_trained_images(model.about.get("dataset"), config, screen)
+    facts, target = {"weights": str(path), "words": _changes(words)}, path.with_name(f"{path.name}.evaluation.json")
+    return _measured(Wrapped(model), data, sizes, facts, config, target, screen)
 
 
 def _batch_size_of(model: PackedModel, path: Path) -> int:
@@ -158,11 +181,18 @@ def _with_data_of(model: PackedModel, raw: Mapping[str, Any], said: Sequence[str
 
 
 def _measured(
-    model: nn.Module, data: Data, sizes: dict[str, int], source: str, config: RunConfig, target: Path, screen: Screen
+    model: nn.Module,
+    data: Data,
+    sizes: dict[str, int],
+    facts: dict[str, Any],
+    config: RunConfig,
+    target: Path,
+    screen: Screen,
 ) -> dict[str, Any]:
+    """The figures, said and saved with the facts that tell them from others."""
     val, test = evaluate(model, data.val, sizes), evaluate(model, data.test, sizes)
     figures = {
-        "weights": source,
+        **facts,
         "dataset": config.dataset.name,
         **{f"val_{k}": v for k, v in vars(val).items()},
         **{f"test_{k}": v for k, v in vars(test).items()},

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.compose import Composition, checked, compose_words, config_from, keys_of, split_options
+from runner.compose import Composition, checked, compose_words, config_from, split_options
 from runner.data.locations import train_samples
 from runner.faults import ConfigError, Exit, Fault, Preempted, refuse_missing
 from runner.folder import done_already, run_path
@@ -57,7 +57,7 @@ def _evaluate(overrides: Sequence[str], composition: Composition) -> int:
     refuse_missing(str(given))
     from runner.evaluate import evaluate_stored
 
-    evaluate_stored(composition.raw, keys_of(overrides))
+    evaluate_stored(composition.raw, overrides)
     return int(Exit.DONE)
 
 

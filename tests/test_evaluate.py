@@ -103,6 +103,27 @@ def test_another_data_set_is_scaled_as_in_training(finished: Path, capsys: pytes
     assert "made for 1 channels, which the images of synthetic do not have" in capsys.readouterr().err
 
 
+def test_an_evaluation_knows_its_words_and_warns_of_images_that_were_trained_on(
+    tmp_path: Path, own_signals: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = train(config_from([*QUIET, "epochs=1", "trainer.max_steps=2", f"outputs={tmp_path}"]))
+    assert run(["export", f"checkpoint={found}", "format=packed"]) == 0
+    packed = found / "model.packed.safetensors"
+    for stored, saved in ((found, found / "evaluation.json"), (packed, found / f"{packed.name}.evaluation.json")):
+        for words, warned in (
+            (["batch_size=64"], ""),
+            (["dataset=synthetic", "dataset.channels=1", "dataset.size=28", "dataset.split_seed=1"], ""),
+            (["dataset.test_seed=1"], "warning: dataset.test_seed: not as in training; images"),
+            (["dataset=digits", "dataset.test_fraction=0.5", "dataset.split_seed=1"],
+             "warning: dataset.test_fraction, dataset.split_seed: not as in training; images"),
+        ):  # fmt: skip
+            assert run(["evaluate", f"checkpoint={stored}", *words]) == 0
+            said = capsys.readouterr().out
+            assert warned in said
+            assert ("warning" in said) == bool(warned)
+            assert json.loads(saved.read_text())["words"] == words
+
+
 def test_what_only_training_needs_is_not_asked_for(finished: Path) -> None:
     """Fewer training images than a batch: the figures are of the test set, which is whole."""
     for limit in (10, 1):
