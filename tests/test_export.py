@@ -480,7 +480,13 @@ def test_a_format_whose_packages_are_missing_says_what_to_install(
     [
         (["checkpoint={run}"], 78, "format: say which; accepted: packed, onnx, safetensors"),
         (["checkpoint={run}", "format=packd"], 78, "Did you mean 'packed'?"),
-        (["format=packed"], 78, "checkpoint=PATH"),
+        (["format=packed"], 78, "config has a fault:\n  checkpoint: say which stored model: checkpoint=PATH"),
+        (
+            ["{run}", "format=packed"],
+            78,
+            "config has a fault:\n  cannot read '{run}': it is a path; did you mean checkpoint={run}?",
+        ),
+        (["checkpoint={run}", "format=packed", "agrement=99"], 78, "agrement: unknown key. Did you mean 'agreement'?"),
         (["checkpoint=/nowhere", "format=packed"], 66, "/nowhere: no such file or folder"),
         (["checkpoint={run}", "format=packed", "out=/nowhere/net"], 78, "/nowhere: no such folder"),
         (["checkpoint={run}", "format=packed", "agreement=101"], 78, "'101' is not percent of equal answers"),
@@ -493,7 +499,7 @@ def test_bad_words(
 ) -> None:
     assert run(["export", *[word.format(run=runs["xnor"]) for word in words]]) == code
     error = capsys.readouterr().err
-    assert says in error
+    assert says.format(run=runs["xnor"]) in error
     assert "Traceback" not in error
 
 

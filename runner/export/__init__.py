@@ -45,7 +45,8 @@ def export(words: Sequence[str]) -> int:
         raise ConfigError([Fault("out", f"{target.parent}: no such folder")])
     from runner.evaluate import load_stored
 
-    stored = load_stored(composition.raw, [*keys_of(overrides), "trainer.device"])
+    with also_known(OWN):
+        stored = load_stored(composition.raw, [*keys_of(overrides), "trainer.device"])
     if getattr(stored.model, "input_transform", None) is not None:
         raise BadData(
             "the network transforms its input by a function of its own (input_transform), which cannot be exported"
