@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import check
-from runner.faults import ConfigError, Fault, nearest, shortened
+from runner.faults import ConfigError, Fault, lies_there, nearest, shortened
 from runner.schema import RunConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -122,6 +122,10 @@ def _parsed(word: str, result: Composition) -> Override | None:
         meant = f" Did you mean {word.lstrip('-')!r}?" if "=" in word else nearest(word, OPTIONS)
         result.faults.append(Fault(word, f"no such option.{meant} Known: {', '.join(OPTIONS)}"))
         return None
+    if _is_path(word):
+        result.faults.append(Fault("", f"cannot read {shortened(word)}: it is a path; did you mean checkpoint={word}?"))
+        result.wrong.add("checkpoint")
+        return None
     try:
         override = OverridesParser.create().parse_override(word)
         problem = "" if override.key_or_group else "it has no key"
@@ -132,6 +136,11 @@ def _parsed(word: str, result: Composition) -> Override | None:
         result.faults.append(Fault("", f"cannot read {shortened(word)} ({problem}); {hint}"))
         return None
     return override
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word that sets nothing is the name of a file or a folder."""
+    return "=" not in word and bool(word) and lies_there(word)
 
 
 def _is_for_a_run(override: Override, result: Composition) -> bool:

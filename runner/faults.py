@@ -100,6 +100,14 @@ class MissingInput(RunnerError):
     code = Exit.NO_INPUT
 
 
+def lies_there(path: str) -> bool:
+    """Whether a path names something; what is too long or too odd for a path names nothing."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def refuse_missing(named: str, key: str = "") -> None:
     """Raise MissingInput where nothing lies at the path that was named for a stored model."""
     if not Path(named).exists():

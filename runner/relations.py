@@ -27,7 +27,9 @@ def relation_faults(parts: Mapping[str, Any], quantizers: Mapping[str, Component
         if "dataset" in parts and parts.get("mode") != "evaluate":  # which forms no batch of training images
             yield from _batch_faults(parts["data_regime"].phases, parts["dataset"])
     if parts.get("mode") == "evaluate" and not parts.get("checkpoint", "wrong"):
-        yield Fault("checkpoint", "mode=evaluate needs checkpoint=PATH: a run folder, a checkpoint or a weights file")
+        yield Fault(
+            "checkpoint", "say which stored model: checkpoint=PATH, a run folder, a checkpoint or a weights file"
+        )
     if "dataset" in parts and len(parts["dataset"].mean or "") != len(
         parts["dataset"].std or parts["dataset"].mean or ""
     ):

@@ -27,7 +27,7 @@ BAD_LINES = {
     "model._target_=os.system": "names code and is refused",
     "name=${oc.env:HOME}": "calls a resolver",
     "hydra.run.dir=/etc/x": "outputs=DIR",
-    "evaluate": "mode=evaluate needs checkpoint=PATH",
+    "evaluate": "say which stored model: checkpoint=PATH",
     "mode=evaluate checkpoint=/nowhere model=lenet": "Did you mean 'lenet5'?",
     "regime lr=-1": "lr: ",
     "regime regime=model": "choose a regime to draw it",

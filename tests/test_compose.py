@@ -69,6 +69,8 @@ def refusal(*words: str, folders: tuple[str, ...] = ()) -> str:
         ([""], ["cannot read ''"]),
         (["--foo"], ["--foo: no such option.", "Known: --help"]),
         (["model"], ["cannot read 'model'"]),
+        (["seed=-1", __file__], ["2 faults", f"it is a path; did you mean checkpoint={__file__}?", "seed:"]),
+        (["mode=evaluate", __file__], ["a fault:", f"did you mean checkpoint={__file__}?"]),
         (["name=" + "[" * 2000], ["cannot read", " … "]),
         (["a." * 900 + "b=1"], ["cannot be applied"]),
         (["seed=" + "9" * 5000], ["cannot read"]),

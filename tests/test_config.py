@@ -199,8 +199,8 @@ def test_evaluation_forms_no_batch_of_training_images() -> None:
 
 
 def test_what_keys_must_be_to_one_another() -> None:
-    assert "mode=evaluate needs checkpoint=PATH" in faults(changed(mode="evaluate"))["checkpoint"]
-    assert "mode=evaluate needs checkpoint=PATH" in faults(changed(mode="evaluate", checkpoint=""))["checkpoint"]
+    assert "say which stored model: checkpoint=PATH" in faults(changed(mode="evaluate"))["checkpoint"]
+    assert "say which stored model: checkpoint=PATH" in faults(changed(mode="evaluate", checkpoint=""))["checkpoint"]
     assert "as many values" in faults(changed(dataset__mean=[0.5], dataset__std=[1.0, 1.0]))["dataset.std"]
     assert "needs a GPU" in faults(changed(trainer__amp="fp16", trainer__device="cpu"))["trainer.amp"]
     check(changed(dataset__mean=[0.5]))

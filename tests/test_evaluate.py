@@ -149,9 +149,9 @@ def test_what_only_training_needs_is_not_asked_for(finished: Path) -> None:
         (["checkpoint={tmp}/half.safetensors"], 65, "half.safetensors"),
         (["checkpoint={tmp}/flipped.safetensors"], 65, "checksum"),
         (["checkpoint={tmp}/foreign.pt"], 65, "belongs to another network"),
-        ([], 78, "mode=evaluate needs checkpoint=PATH"),
+        ([], 78, "say which stored model: checkpoint=PATH"),
         (["checkpoint=5"], 78, "checkpoint: value should be a valid string"),
-        (["checkpoint=null"], 78, "mode=evaluate needs checkpoint=PATH"),
+        (["checkpoint=null"], 78, "say which stored model: checkpoint=PATH"),
     ],
 )
 def test_what_cannot_be_measured(
