@@ -30,7 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "runner.export:export",
         "write a trained model for others: export checkpoint=PATH format=packed|onnx|safetensors",
     ),
-    "predict": ("runner.predict:predict", "classify images: predict FILE IMAGE …"),
+    "predict": ("runner.predict:predict", "classify images: predict FILE IMAGE … (or folders of images)"),
     "dashboard": (
         "runner.pages.command:dashboard",
         "follow runs in a browser: dashboard [FOLDER …] [--open | --compare | --write]",

@@ -1,9 +1,10 @@
-"""`predict FILE IMAGE …`: what a packed network sees in images. Decoded with the limits of a data set, scaled as in training."""
+"""`predict FILE IMAGE …`: what a packed network sees in images and in folders of them. Decoded with the limits of a data set, scaled as in training."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.data.locations import IMAGE_SUFFIXES, is_image, listed
 from runner.faults import BadData, ConfigError, Exit, Fault, MissingInput, printable
 
 if TYPE_CHECKING:
@@ -21,23 +22,37 @@ def predict(words: Sequence[str]) -> int:
             "give a packed network and one image or more: predict FILE IMAGE … (export format=packed writes the file)"
         )
         raise ConfigError([Fault("predict", message)])
-    missing = [word for word in words if not Path(word).is_file()]
+    missing = [word for word in words if not Path(word).exists()]
     if missing:
         raise MissingInput(f"no such file: {', '.join(missing)}")
+    if Path(words[0]).is_dir():
+        message = f"is a folder, not a packed network; export checkpoint={words[0]} format=packed writes one of a run"
+        raise MissingInput(f"{words[0]}: {message}")
+    images = [path for word in words[1:] for path in _images_of(Path(word))]
     import torch
 
     from runner.evaluate import read_packed
 
     model = read_packed(Path(words[0]))
     shown = min(MOST_SHOWN, len(model.classes))
-    for word in words[1:]:
-        best = torch.softmax(model(_image(Path(word), model))[0], 0).topk(shown)
+    for path in images:
+        best = torch.softmax(model(_image(path, model))[0], 0).topk(shown)
         said = [
             f"{printable(model.classes[i])} {100 * p:.1f} %"
             for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        print(f"{printable(word)}: {', '.join(said)}")
+        print(f"{printable(str(path))}: {', '.join(said)}")
     return int(Exit.DONE)
+
+
+def _images_of(path: Path) -> list[Path]:
+    """An image, or the images that lie directly in a folder, by name."""
+    if not path.is_dir():
+        return [path]
+    images = [path / name for name in sorted(listed(path)) if is_image(name)]
+    if not images:
+        raise MissingInput(f"{path}: a folder without images ({' '.join(IMAGE_SUFFIXES)})")
+    return images
 
 
 def _image(path: Path, model: "PackedModel") -> "Tensor":

@@ -76,6 +76,28 @@ def test_colour_and_size_are_brought_to_what_the_network_takes(
     assert first == second
 
 
+def test_a_folder_stands_for_the_images_in_it(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("b.png", "a.PNG", "inner/c.png", ".hidden.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (9, 9)).save(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    assert run(["predict", str(network), str(tmp_path), str(tmp_path / "b.png")]) == 0
+    names = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [str(tmp_path / name) for name in ("a.PNG", "b.png", "b.png")]
+
+
+def test_folders_that_hold_nothing_for_it_are_called_folders(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["predict", str(network), str(tmp_path)]) == 66
+    assert f"{tmp_path}: a folder without images (.jpg" in capsys.readouterr().err
+    assert run(["predict", str(tmp_path), str(network)]) == 66
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: is a folder, not a packed network; export checkpoint={tmp_path} format=packed" in error
+
+
 def test_names_that_forge_lines_are_escaped(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of classes, which come with the file, and of images, which come from anywhere."""
     classes = [f"café {k}\nb.png: cat\x1b[2J\ud800\u202e\r" for k in range(10)]
