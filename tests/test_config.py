@@ -227,6 +227,10 @@ def test_a_missing_data_set_says_where_it_was_looked_for(tmp_path: Path) -> None
     for name in ("mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet", "folder"):
         raw = compose_words([f"dataset={name}", f"dataset.root={tmp_path}/none"]).raw
         assert f"{tmp_path}/none" in faults(raw)["dataset.root"]
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    (tmp_path / "empty" / "b").mkdir()
+    raw["dataset"]["root"] = str(tmp_path / "empty")
+    assert list(faults(raw)) == ["dataset.root"], "not its batch size"
     raw["dataset"]["root"] = "x" * 5000
     assert "name too long" in faults(raw)["dataset.root"]
     raw["dataset"]["root"] = "a\0b"

@@ -237,6 +237,18 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
         read("folder", root=str(tmp_path))
 
 
+def test_folders_that_nothing_can_be_learned_from_are_missing_something(tmp_path: Path) -> None:
+    for root in (tmp_path / "tree", tmp_path / "split" / "train"):
+        (root / "a").mkdir(parents=True)
+        keys = dataset_keys("folder", root=str(tmp_path / root.relative_to(tmp_path).parts[0]))
+        assert f"{root} has one class only, 'a'" in str(missing("folder", keys))
+        (root / "b").mkdir()
+        (root / "b" / "notes.txt").touch()
+        assert f"{root} has no images in its 2 folders (.jpg" in str(missing("folder", keys))
+        Image.new("L", (4, 4)).save(root / "b" / "0.png")
+        assert missing("folder", keys) is None
+
+
 def test_what_is_not_taken_for_an_image_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, ["a", "b"], 4)
     for name in ("a/notes.txt", "a/c.gif", "b/d.GIF", "b/.hidden"):
@@ -380,7 +392,8 @@ def test_a_listing_does_not_depend_on_the_order_of_the_directory(tmp_path: Path)
     names = [f"{i:03}.png" for i in range(20)]
     for root, order in ((tmp_path / "one", names), (tmp_path / "two", names[::-1])):
         for name in order:
-            (root / "a").mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (4, 4)).save(root / "a" / name)
+            for label in "ab":
+                (root / label).mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (4, 4)).save(root / label / name)
     one, two = (files(read("folder", root=str(tmp_path / side)).train).names for side in ("one", "two"))
     assert one == two

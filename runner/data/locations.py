@@ -252,10 +252,16 @@ def _missing_imagenet(root: Path) -> str | None:
 
 
 def _missing_folder(root: Path) -> str | None:
+    whole = root / "train" if (root / "train").is_dir() else root
+    classes = class_folders(whole) if whole.is_dir() else []
     if not root.is_dir():
         problem = f"there is no folder {root.absolute()}"
-    elif not class_folders(root):
-        problem = f"{root.absolute()} has no folders in it"
+    elif not classes:
+        problem = f"{whole.absolute()} has no folders in it"
+    elif len(classes) == 1:
+        problem = f"{whole.absolute()} has one class only, {classes[0]!r}, and there is nothing to tell it from"
+    elif not any(is_image(name) for label in classes for name in listed(whole / label)):
+        problem = f"{whole.absolute()} has no images in its {len(classes)} folders ({' '.join(IMAGE_SUFFIXES)})"
     else:
         return None
     return f"folder: {problem}; expected train/<class>/* and test/<class>/* (or val/), or <class>/* in one tree"
