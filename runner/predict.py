@@ -1,4 +1,7 @@
-"""`predict FILE IMAGE …`: what a packed network sees in images and in folders of them. Decoded with the limits of a data set, scaled as in training."""
+"""`predict FILE IMAGE …`: what a packed network sees in images, or in folders of them.
+
+They are decoded with the limits of a data set and scaled as in training.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
