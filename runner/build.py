@@ -54,8 +54,7 @@ def build(config: RunConfig, *, in_channels: int, num_classes: int, image_size: 
         if not loaded:
             count = len(weights.tensors)
             raise BadData(f"{config.pretrained}: none of its {count} tensors fits the network by name and shape")
-        unused = sorted(weights.tensors.keys() - loaded)
-        remarks += Match(loaded, sorted(model.state_dict().keys() - loaded), unused).lines()
+        remarks += Match.of(loaded, model.state_dict(), weights.tensors).lines()
         calibrated = [name for name, layer in quantized_layers(model).items() if _has_come_whole(name, layer, loaded)]
         if calibrated:
             remarks.append(f"pretrained: steps and ranges of {len(calibrated)} layers are those of the file")

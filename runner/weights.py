@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -152,13 +152,22 @@ class Match:
 
     loaded: set[str]
     missing: list[str]
+    misshapen: list[str]
     unused: list[str]
+
+    @classmethod
+    def of(cls, loaded: set[str], model: Iterable[str], file: Iterable[str]) -> Self:
+        """`model` and `file`: the names that either has."""
+        own, theirs = set(model) - loaded, set(file) - loaded
+        return cls(loaded, sorted(own - theirs), sorted(own & theirs), sorted(theirs - own))
 
     def lines(self) -> Iterable[str]:
         """For people: nothing is left out silently."""
         yield f"pretrained: {len(self.loaded)} tensors loaded by name"
         if self.missing:
             yield f"pretrained: not in the file, kept as initialised: {_by_ending(self.missing)}"
+        if self.misshapen:
+            yield f"pretrained: in the file with another shape, kept as initialised: {_by_ending(self.misshapen)}"
         if self.unused:
             yield f"pretrained: in the file, not used: {_by_ending(self.unused)}"
 

@@ -177,12 +177,13 @@ def test_float_weights_start_a_binary_network_by_name_and_nothing_is_left_out_si
     for name in ("conv1.weight", "conv1.bias", "conv2.weight", "fc1.weight"):
         assert torch.equal(own[name], source.state_dict()[name]), name
     assert type(built.model.get_submodule("conv2")).__name__ == "BinaryConv2d"
-    (loaded, kept, unused) = built.remarks
+    (loaded, kept, misshapen, unused) = built.remarks
     assert loaded == "pretrained: 10 tensors loaded by name"
     assert "not in the file, kept as initialised: " in kept
     assert "conv2.norm.running_mean" in kept
-    assert "fc2.weight" in kept
-    assert unused.endswith("in the file, not used: fc2.weight, from_elsewhere")
+    assert "fc2.weight" not in kept
+    assert misshapen == "pretrained: in the file with another shape, kept as initialised: fc2.weight"
+    assert unused == "pretrained: in the file, not used: from_elsewhere"
 
 
 def test_weights_of_which_none_fits_are_refused(tmp_path: Path) -> None:
