@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError, create_model
 
@@ -41,6 +41,7 @@ def check(raw: Mapping[str, Any], skip: Iterable[str] = ()) -> RunConfig:
         if section == "dataset" and not found:
             faults += _data_faults(folded[section])
     config, found = _validate(RunConfig, folded, "")
+    found = [_with_its_places(fault, folded, known) for fault in found]
     hopeless = {fault.path for fault in faults if fault.path in COMPONENTS}
     faults += [fault for fault in found if fault.path.split(".")[0] not in hopeless]
     parts = dict(shorthand(config)) if config is not None and not faults else _right_parts(folded, faults)
@@ -148,6 +149,40 @@ def _explain(error: Any, model: type[BaseModel], path: str, also: Sequence[str])
         words = [word.strip("' ") for word in accepted.replace(" or ", ", ").split(",")]
         return Fault(full, f"{value} is not accepted: {accepted}.{nearest(str(error['input']), words)}")
     return Fault(full, f"{error['msg'].replace('Input', 'value', 1)}, not {value}")
+
+
+def _with_its_places(fault: Fault, folded: Mapping[str, Any], known: Mapping[str, Mapping[str, Component]]) -> Fault:
+    """An unknown key of the top level that is one of a section: its fault says where."""
+    if not isinstance(fault, UnknownKey) or "." in fault.path:
+        return fault
+    return UnknownKey.at(fault.path, fault.known, _places_of(fault.path, folded, known))
+
+
+def _places_of(key: str, folded: Mapping[str, Any], known: Mapping[str, Mapping[str, Component]]) -> list[str]:
+    """The paths that end in a key; in components that are not chosen only where it is nowhere else."""
+    places = [path for path in _paths(RunConfig) if path.rpartition(".")[2] == key]
+    others: list[str] = []
+    for section, components in known.items():
+        takers = sorted(name for name, component in components.items() if key in component.arguments)
+        if folded[section]["name"] in takers:
+            places.append(f"{section}.{key}")
+        elif takers:
+            others.append(f"{section}.{key} (of {section}={', '.join(takers)})")
+    return places or others
+
+
+def _paths(model: type[BaseModel], above: str = "") -> Iterable[str]:
+    """The paths of all keys of a model that hold values; N stands for an index of a list."""
+    for key, info in model.model_fields.items():
+        inner, here = _model_in(info.annotation), f"{above}{info.alias or key}"
+        if inner in (None, Schedule):
+            yield here
+        else:
+            yield from _paths(inner, f"{here}.N." if _holds_list(info.annotation) else f"{here}.")
+
+
+def _holds_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(map(_holds_list, getattr(annotation, "__args__", ())))
 
 
 def _is_union_branch(part: int | str) -> bool:

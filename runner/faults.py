@@ -44,14 +44,16 @@ class Absent(Fault):
 
 @dataclass(frozen=True)
 class UnknownKey(Fault):
-    """A key that is not there: `message` says so, with the nearest of those that are known."""
+    """A key that is not there: `message` says where it is, if `elsewhere`, or names the nearest of those that are known."""
 
     known: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
 
     @classmethod
-    def at(cls, path: str, known: Iterable[str]) -> Self:
-        keys = tuple(known)
-        return cls(path, f"unknown key.{nearest(path.rpartition('.')[2], keys)} Known: {', '.join(keys)}", keys)
+    def at(cls, path: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> Self:
+        keys, places = tuple(known), tuple(elsewhere)
+        meant = f" Did you mean {' or '.join(places)}?" if places else nearest(path.rpartition(".")[2], keys)
+        return cls(path, f"unknown key.{meant} Known: {', '.join(keys)}", keys, places)
 
 
 class RunnerError(Exception):
@@ -87,7 +89,7 @@ def also_known(words: Collection[str]) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(
-            UnknownKey.at(fault.path, dict.fromkeys([*words, *fault.known]))
+            UnknownKey.at(fault.path, dict.fromkeys([*words, *fault.known]), fault.elsewhere)
             if isinstance(fault, UnknownKey) and "." not in fault.path
             else fault
             for fault in error.faults

@@ -18,6 +18,8 @@ BAD_LINES = {
     "modle=lenet5": "modle: unknown key. Did you mean 'model'?",
     "model=lenet": "Did you mean 'lenet5'?",
     "quant.gradient=exat": "Did you mean 'exact'?",
+    "device=cpu": "device: unknown key. Did you mean trainer.device?",
+    "export format=packed device=cpu": "Did you mean trainer.device? Known: format, out,",
     "trainer.epochs=0": "trainer.epochs: ",
     "regime.phases.0.lr=-1": "regime.phases.0.lr: ",
     "+evil=1": "evil: unknown key",
