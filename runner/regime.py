@@ -13,6 +13,8 @@ from typing import Any
 from runner.schema import COMMON, OPTIMIZERS, DataPhase, Phase, RunConfig, Schedule, Value
 
 Setting = dict[str, Any]
+POINTS = 100  # of a timeline, so that the schedules of a short run are curves, too
+FEWEST_POINTS = 4  # of an epoch in which a schedule moves
 
 
 @dataclass(frozen=True)
@@ -128,18 +130,27 @@ def epochs_begun(starts: Sequence[int], max_steps: int | None) -> int:
 
 
 def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
-    """One row an epoch that begins before the run ends: what holds at its start."""
+    """One row for every epoch that begins before the run ends, and for what changes within one; epochs with their fraction."""
     regime, data = config.regime.phases or [], config.data_regime.phases or []
     starts = first_steps(config, data, samples)
-    for epoch in range(epochs_begun(starts, config.trainer.max_steps)):
-        step, batches = starts[epoch], starts[epoch + 1] - starts[epoch]
-        clock = Clock(epoch=epoch, batch=0, batches=batches, step=step)
-        setting = setting_at(regime, clock, epochs=config.total_epochs, steps=starts[-1])
-        yield (
-            {"epoch": epoch, "step": step}
-            | setting
-            | {k: v for k, v in data_setting_at(data, epoch).items() if k != "phase"}
-        )
+    last = min(starts[-1], config.trainer.max_steps or starts[-1])
+    for epoch in range(epochs_begun(starts, last)):
+        first, batches = starts[epoch], starts[epoch + 1] - starts[epoch]
+        sizes = {k: v for k, v in data_setting_at(data, epoch).items() if k != "phase"}
+        before: Setting = {}
+        for batch in _looked_at(regime, first, batches, -(-POINTS // config.total_epochs)):
+            clock = Clock(epoch=epoch, batch=batch, batches=batches, step=first + batch)
+            setting = setting_at(regime, clock, epochs=config.total_epochs, steps=starts[-1])
+            if clock.step < last and setting != before:
+                yield {"epoch": epoch + batch / batches if batch else epoch, "step": clock.step} | setting | sizes
+            before = setting
+
+
+def _looked_at(phases: Sequence[Phase], first: int, batches: int, parts: int) -> list[int]:
+    """The batches of an epoch at which something may have changed: where a phase begins, and a few more for the schedules."""
+    parts = max(parts, FEWEST_POINTS)
+    begun = {phase.step - first for phase in phases if phase.step is not None and first <= phase.step < first + batches}
+    return sorted({0} | begun | {batches * part // parts for part in range(parts)})
 
 
 def _values(phase: Phase) -> dict[str, Any]:

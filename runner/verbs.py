@@ -69,7 +69,7 @@ def regime(words: Sequence[str]) -> int:
     said = [key for key in keys if any(row.get(key) is not None for row in settings)]
     rows = [{key: "" if row.get(key) is None else row[key] for key in said} for row in settings]
     screen, changes = Screen("plain"), _changes(rows)
-    title = f"{config.regime.epochs} epochs as conf says, {len(rows)} here"
+    title = f"{config.regime.epochs} epochs as conf says, {sum(_begins_an_epoch(row) for row in settings)} here"
     screen.table(title, said, [list(row.values()) for row in changes])
     from runner.pages.dashboard import write_timeline
 
@@ -94,12 +94,16 @@ def _samples(config: RunConfig) -> int:
 
 
 def _changes(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """At most some thirty rows: the first of every phase and evenly spaced ones between them, where anything has changed."""
-    every = max(1, len(rows) // 20)
+    """At most some thirty rows: the first of every phase and evenly spaced epochs between them, where anything has changed."""
     firsts = {i for i in range(len(rows)) if i == 0 or rows[i]["phase"] != rows[i - 1]["phase"]}
+    epochs = [i for i, row in enumerate(rows) if _begins_an_epoch(row)]
     changes: list[dict[str, object]] = []
-    for i in sorted(firsts | set(range(0, len(rows), every)) | {len(rows) - 1}):
+    for i in sorted(firsts | set(epochs[:: max(1, len(epochs) // 20)]) | set(epochs[-1:])):
         row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in rows[i].items()}
         if not changes or row | {"epoch": 0, "step": 0} != changes[-1] | {"epoch": 0, "step": 0}:
             changes.append(row)
     return changes
+
+
+def _begins_an_epoch(row: dict[str, object]) -> bool:
+    return isinstance(row["epoch"], int)

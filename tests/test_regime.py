@@ -163,7 +163,8 @@ LINES = [["regime=cifar", "epochs=130"], ["regime=cosine", "epochs=7", "lr=1"], 
 @pytest.mark.parametrize("words", LINES)
 def test_the_timeline_is_what_training_will_see(words: list[str]) -> None:
     config, samples = config_from([*words, "dataset=synthetic"]), 1000
-    rows, step = list(timeline(config, samples)), 0
+    points, step = list(timeline(config, samples)), 0
+    rows = [row for row in points if isinstance(row["epoch"], int)]
     assert len(rows) == config.total_epochs
     data = config.data_regime.phases or []
     lengths = [
@@ -175,7 +176,26 @@ def test_the_timeline_is_what_training_will_see(words: list[str]) -> None:
         sizes = data_setting_at(data, epoch)
         del sizes["phase"]
         assert row == expected | sizes | {"epoch": epoch, "step": step}
+        within = [point for point in points if epoch < point["epoch"] < epoch + 1]
+        for point in within:
+            batch = point["step"] - step
+            clock = Clock(epoch=epoch, batch=batch, batches=lengths[epoch], step=point["step"])
+            expected = setting_at(config.regime.phases or [], clock, epochs=len(rows), steps=sum(lengths))
+            assert point == expected | sizes | {"epoch": epoch + batch / lengths[epoch], "step": point["step"]}
         step += lengths[epoch]
+
+
+def test_the_timeline_leaves_out_no_phase_that_begins_within_an_epoch() -> None:
+    warm = {"step": 0, "optimizer": "SGD", "lr": {"schedule": "warmup", "from": 0, "to": 0.1}}
+    raw = compose_words(["epochs=3", "batch_size=20", "dataset=synthetic"]).raw
+    raw["regime"]["phases"] = [warm, {"step": 20, "lr": 0.1}, {"step": 30, "lr": 0.01}, {"step": 130, "lr": 0.001}]
+    rows = list(timeline(check(raw), 1000))
+    firsts = {row["phase"]: (row["epoch"], row["step"], row["lr"]) for row in reversed(rows)}
+    assert firsts == {0: (0, 0, 0.0), 1: (0.4, 20, 0.1), 2: (0.6, 30, 0.01), 3: (2.6, 130, 0.001)}
+    assert len([row for row in rows if row["phase"] == 0]) > 5, "the way up is a curve"
+    assert [row["epoch"] for row in rows if row["phase"] == 2] == [0.6, 1, 2], "what stays is told once an epoch"
+    raw["trainer"]["max_steps"] = 130
+    assert [row["phase"] for row in timeline(check(raw), 1000)][-1] == 2, "where the run ends before"
 
 
 # Regimes that a model carries ------------------------------------------------------------------------------------------
