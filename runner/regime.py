@@ -146,6 +146,15 @@ def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
             before = setting
 
 
+def end_of(config: RunConfig, samples: int) -> Setting:
+    """Where the run ends: the epochs it has done by then, with their fraction, and the step."""
+    starts = first_steps(config, config.data_regime.phases or [], samples)
+    last = min(starts[-1], config.trainer.max_steps or starts[-1])
+    epochs = epochs_begun(starts, last)
+    before, after = starts[max(epochs - 1, 0)], starts[epochs]
+    return {"epoch": epochs - (after - last) / max(after - before, 1), "step": last}
+
+
 def _looked_at(phases: Sequence[Phase], first: int, batches: int, parts: int) -> list[int]:
     """The batches of an epoch at which something may have changed: where a phase begins, and a few more for the schedules."""
     parts = max(parts, FEWEST_POINTS)

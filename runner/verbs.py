@@ -9,7 +9,7 @@ from runner.data.locations import train_samples
 from runner.faults import ConfigError, Exit, Fault, Preempted, refuse_missing
 from runner.folder import done_already, run_path
 from runner.ranks.place import Place, folder_for
-from runner.regime import timeline
+from runner.regime import end_of, timeline
 from runner.schema import RunConfig
 from runner.screen import Screen
 from runner.signals import StopRequest
@@ -64,7 +64,8 @@ def _evaluate(overrides: Sequence[str], composition: Composition) -> int:
 def regime(words: Sequence[str]) -> int:
     """Print the timeline of a config and draw it, before any training."""
     config = config_from(*split_options(words))
-    settings = list(timeline(config, _samples(config)))
+    samples = _samples(config)
+    settings = list(timeline(config, samples))
     keys = dict.fromkeys([*COLUMNS, *(key for row in settings for key in row)])
     said = [key for key in keys if any(row.get(key) is not None for row in settings)]
     rows = [{key: "" if row.get(key) is None else row[key] for key in said} for row in settings]
@@ -75,7 +76,7 @@ def regime(words: Sequence[str]) -> int:
 
     path = Path(config.outputs) / "regime.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_timeline(rows, path, f"{config.model.name} · {config.dataset.name}")
+    write_timeline(rows, end_of(config, samples), path, f"{config.model.name} · {config.dataset.name}")
     screen.say(f"timeline: {path.resolve()}")
     return int(Exit.DONE)
 

@@ -28,7 +28,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "run": write_dashboard(root / "runs" / "lsq0"),
         "comparison": write_comparison(find_runs(root / "runs"), root / "comparison.html"),
-        "timeline": write_timeline(rows, root / "timeline.html", "a regime"),
+        "timeline": write_timeline(rows, {"epoch": 3, "step": 3}, root / "timeline.html", "a regime"),
         "report": root / "report" / "report.html",
         "search": search_page(root / "search", "best_val_top1", "packed_bytes"),
         "bench": bench_page(root / "bench.html"),

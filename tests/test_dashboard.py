@@ -241,7 +241,7 @@ def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
          "momentum": "", "weight_decay": 1e-4, "batch_size": 64 << (epoch > 5), "input_size": 32, "quant.tau": epoch / 10}
         for epoch in range(10)
     ]  # fmt: skip
-    page = Page(write_timeline(rows, tmp_path / "timeline.html", HOSTILE))
+    page = Page(write_timeline(rows, {"epoch": 10, "step": 950}, tmp_path / "timeline.html", HOSTILE))
     drawn = [div["id"] for div in page.all("div") if div.get("class") == "plot"]
     assert drawn == ["plot-lr", "plot-batch_size", "plot-quant_tau"]
     assert "The same throughout: weight decay 0.0001 , input size 32 px ." in page.text, (
@@ -249,10 +249,10 @@ def test_a_timeline_shows_every_column_that_has_numbers(tmp_path: Path) -> None:
     )
     assert {tag for tag, _ in page.elements} <= OUR_TAGS
     assert HOSTILE in page.texts
-    assert json.loads(page.scripts[0])["axes"]["epoch"]["end"] == [0, pytest.approx(10 * 1.03)], (
-        "the last row holds, too"
-    )
-    assert Page(write_timeline([], tmp_path / "empty.html", "nothing")).all("figure") == []
+    axes = json.loads(page.scripts[0])["axes"]
+    ends = [axes[name]["end"][1] for name in ("epoch", "step")]
+    assert ends == pytest.approx([10 * 1.03, 950 * 1.03]), "the last row holds up to the end"
+    assert Page(write_timeline([], {"epoch": 0, "step": 0}, tmp_path / "empty.html", "nothing")).all("figure") == []
 
 
 def test_a_setting_that_only_later_phases_have_is_not_said_to_hold_throughout(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_setting_that_only_later_phases_have_is_not_said_to_hold_throughout(tm
         {"epoch": epoch, "step": epoch, "phase": epoch // 2, "lr": 0.1, "weight_decay": 1e-4 if epoch > 3 else None,
          "momentum": None} for epoch in range(6)
     ]  # fmt: skip
-    page = Page(write_timeline(rows, tmp_path / "timeline.html", "a regime"))
+    page = Page(write_timeline(rows, {"epoch": 6, "step": 6}, tmp_path / "timeline.html", "a regime"))
     assert [div["id"] for div in page.all("div") if div.get("class") == "plot"] == ["plot-lr", "plot-weight_decay"]
     assert "The same throughout" not in page.text
     assert "momentum" not in page.text, "a column of nothing"
@@ -269,7 +269,7 @@ def test_a_setting_that_only_later_phases_have_is_not_said_to_hold_throughout(tm
 def test_in_a_browser_the_names_of_phases_move_no_axis(browser: Browser, tmp_path: Path) -> None:
     """They stand at 0 or 1 of a range of their own, where curves reach from 0.01 to 0.02."""
     rows: list[dict[str, object]] = [{"epoch": e, "step": e, "phase": e // 2, "lr": 0.01 + e / 500} for e in range(6)]
-    browser.open(write_timeline(rows, tmp_path / "timeline.html", "a regime"))
+    browser.open(write_timeline(rows, {"epoch": 6, "step": 6}, tmp_path / "timeline.html", "a regime"))
     end = "[...Bokeh.documents[0].all_models].find(model => model.type === 'Figure').y_range.end"
     browser.wait_for(f"({end}) > 0.02")
     assert browser.ask(end) < 0.03
@@ -444,7 +444,7 @@ def test_in_a_browser_hostile_strings_do_nothing(browser: Browser, hostile: Path
 
 def test_in_a_browser_the_timeline_and_a_broken_run_open_too(browser: Browser, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"epoch": 0, "step": 0, "phase": 0, "lr": 0.1}]
-    for path in (write_timeline(rows, tmp_path / "timeline.html", "one point"), write_dashboard(tmp_path)):
+    for path in (write_timeline(rows, {"epoch": 1, "step": 1}, tmp_path / "timeline.html", "one point"), write_dashboard(tmp_path)):
         browser.open(path)
         assert browser.requests() == [path.as_uri()]
         assert browser.complaints() == []

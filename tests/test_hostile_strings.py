@@ -83,7 +83,7 @@ def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return {
         "run": write_dashboard(runs / f"{FOLDER}a"),
         "comparison": write_comparison(find_runs(runs), runs / "comparison.html"),
-        "timeline": write_timeline(rows, place / "timeline.html", HOSTILE),
+        "timeline": write_timeline(rows, {"epoch": 3, "step": 3}, place / "timeline.html", HOSTILE),
         "report": place / "report.html",
         "search": search_page(place / "one", "best_val_top1"),
         "front": search_page(place / "two", "best_val_top1", "packed_bytes"),

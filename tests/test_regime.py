@@ -15,7 +15,7 @@ from runner.build import phases_of
 from runner.compose import compose_words, config_from
 from runner.config import check
 from runner.faults import ConfigError
-from runner.regime import Clock, data_setting_at, setting_at, steps_per_epoch, timeline, value_at
+from runner.regime import Clock, data_setting_at, end_of, setting_at, steps_per_epoch, timeline, value_at
 from runner.schema import DataPhase, Phase, Schedule
 
 Raw = dict[str, Any]
@@ -196,6 +196,15 @@ def test_the_timeline_leaves_out_no_phase_that_begins_within_an_epoch() -> None:
     assert [row["epoch"] for row in rows if row["phase"] == 2] == [0.6, 1, 2], "what stays is told once an epoch"
     raw["trainer"]["max_steps"] = 130
     assert [row["phase"] for row in timeline(check(raw), 1000)][-1] == 2, "where the run ends before"
+
+
+def test_the_end_counts_the_batches_of_every_phase_and_stops_at_max_steps() -> None:
+    sizes = "data_regime.phases=[{epoch: 0, batch_size: 32}, {epoch: 2, batch_size: 64}]"
+    words = ["epochs=3", sizes, "dataset=synthetic"]
+    assert end_of(config_from(words), 1152) == {"epoch": 3, "step": 36 + 36 + 18}
+    assert end_of(config_from([*words, "trainer.max_steps=80"]), 1152) == {"epoch": 2 + 8 / 18, "step": 80}
+    assert end_of(config_from([*words, "trainer.max_steps=36"]), 1152) == {"epoch": 1, "step": 36}
+    assert end_of(config_from([*words, "trainer.max_steps=500"]), 1152) == {"epoch": 3, "step": 90}
 
 
 # Regimes that a model carries ------------------------------------------------------------------------------------------

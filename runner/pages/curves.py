@@ -5,7 +5,7 @@ epochs completed. A setting such as the learning rate held from the row before u
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,14 +82,14 @@ def curve_section(run: Run) -> tuple[str, Sheet]:
     return f'<h2>Curves</h2>{_controls(axes)}<div class="panels">{"".join(charts)}</div>{constant}', sheet
 
 
-def timeline_section(rows: pd.DataFrame) -> tuple[str, Sheet]:
+def timeline_section(rows: pd.DataFrame, end: Mapping[str, float]) -> tuple[str, Sheet]:
     """The curves of a regime as HTML, and the sheet that describes their figures; rows say what holds from there on."""
     driven = [key for key in map(str, rows.columns) if key.startswith("quant.")]
     every = (*TIMELINE_PANELS, *(_driven(key) for key in driven))
     columns = ["epoch", "step", *(panel.series[0].column for panel in every)]
     points = rows.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     points["phase"] = rows["phase"].astype(str) if "phase" in rows else ""
-    points = _with_end(points)
+    points = _with_end(points, end)
     names = [name for name in ("epoch", "step") if len(points) and points[name].notna().all()]
     axes = {name: Axis(name, float(points[name].max())) for name in names}
     points = points.assign(**{f"x_{name}": points[name] for name in names})
@@ -122,14 +122,9 @@ def _worth_drawing(panels: Sequence[Panel], points: pd.DataFrame) -> tuple[list[
     return drawn, f'<p class="constant">The same throughout: {", ".join(said)}.</p>' if said else ""
 
 
-def _with_end(points: pd.DataFrame) -> pd.DataFrame:
-    """The points and one more, an interval later, up to which the last one holds."""
-    if points.empty:
-        return points
-    end = points.iloc[[-1]].copy()
-    for name in ("epoch", "step"):
-        end[name] += points[name].iloc[-1] - points[name].iloc[-2] if len(points) > 1 else 1
-    return pd.concat([points, end], ignore_index=True)
+def _with_end(points: pd.DataFrame, end: Mapping[str, float]) -> pd.DataFrame:
+    """The points and one more at the end, up to which the last one holds."""
+    return pd.concat([points, points.iloc[[-1]].assign(**end)], ignore_index=True) if len(points) else points
 
 
 def health_section(run: Run, sheet: Sheet) -> str:

@@ -89,9 +89,9 @@ def run_parts(run: Run, defaults: Mapping[str, object] | None = None) -> dict[st
     }
 
 
-def write_timeline(rows: list[dict[str, object]], path: Path, title: str) -> Path:
-    """Draw a regime before any training: what holds from each point (epoch, step) of the rows on."""
-    curves, figures = timeline_section(pd.DataFrame(rows))
+def write_timeline(rows: list[dict[str, object]], end: Mapping[str, float], path: Path, title: str) -> Path:
+    """Draw a regime before any training: what holds from each point (epoch, step) of the rows on, up to the end."""
+    curves, figures = timeline_section(pd.DataFrame(rows), end)
     body = f"<header><h1>{text(title)}</h1><p>The regime as it will run; nothing was trained.</p></header>"
     known = [key for key in (rows or [{}])[0] if any(row[key] not in (None, "") for row in rows)]
     columns = [Column(key, key.replace("_", " "), key != "optimizer") for key in known]
