@@ -7,13 +7,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from browser import Browser
 from run_samples import LENET, make_run
 
 from runner.faults import StorageError
-from runner.pages.curves import short_labels
+from runner.pages.curves import short_labels, timeline_section
 from runner.pages.dashboard import write_dashboard, write_timeline
 from runner.pages.page import amount, duration, embedded_json, size, write_page
 from runner.pages.scales import colours
@@ -266,6 +267,21 @@ def test_a_setting_that_only_later_phases_have_is_not_said_to_hold_throughout(tm
     assert "momentum" not in page.text, "a column of nothing"
 
 
+def test_a_setting_is_drawn_up_to_where_it_is_no_more(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"epoch": epoch, "step": 10 * epoch, "phase": epoch, "lr": 0.1, "momentum": 0.9 if epoch in (0, 2, 3) else None}
+        for epoch in range(6)
+    ]  # fmt: skip
+    sheet = timeline_section(pd.DataFrame(rows), {"epoch": 6, "step": 60})[1]
+    points = pd.DataFrame(sheet.moving["points"]["data"])
+    drawn = points[points["momentum"].notna()]
+    assert drawn["x_epoch"].to_list() == [0, 1, 2, 3, 4]
+    assert drawn["x_step"].to_list() == [0, 10, 20, 30, 40]
+    phases = pd.DataFrame(sheet.moving["phases"]["data"])
+    assert phases["left_epoch"].to_list() == [0, 1, 2, 3, 4, 5]
+    assert phases["right_epoch"].to_list() == [1, 2, 3, 4, 5, 6]
+
+
 def test_in_a_browser_the_names_of_phases_move_no_axis(browser: Browser, tmp_path: Path) -> None:
     """They stand at 0 or 1 of a range of their own, where curves reach from 0.01 to 0.02."""
     rows: list[dict[str, object]] = [{"epoch": e, "step": e, "phase": e // 2, "lr": 0.01 + e / 500} for e in range(6)]
@@ -444,7 +460,10 @@ def test_in_a_browser_hostile_strings_do_nothing(browser: Browser, hostile: Path
 
 def test_in_a_browser_the_timeline_and_a_broken_run_open_too(browser: Browser, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"epoch": 0, "step": 0, "phase": 0, "lr": 0.1}]
-    for path in (write_timeline(rows, {"epoch": 1, "step": 1}, tmp_path / "timeline.html", "one point"), write_dashboard(tmp_path)):
+    for path in (
+        write_timeline(rows, {"epoch": 1, "step": 1}, tmp_path / "timeline.html", "one point"),
+        write_dashboard(tmp_path),
+    ):
         browser.open(path)
         assert browser.requests() == [path.as_uri()]
         assert browser.complaints() == []

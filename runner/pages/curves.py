@@ -89,7 +89,7 @@ def timeline_section(rows: pd.DataFrame, end: Mapping[str, float]) -> tuple[str,
     columns = ["epoch", "step", *(panel.series[0].column for panel in every)]
     points = rows.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     points["phase"] = rows["phase"].astype(str) if "phase" in rows else ""
-    points = _with_end(points, end)
+    points = _with_drops(_with_end(points, end))
     names = [name for name in ("epoch", "step") if len(points) and points[name].notna().all()]
     axes = {name: Axis(name, float(points[name].max())) for name in names}
     points = points.assign(**{f"x_{name}": points[name] for name in names})
@@ -125,6 +125,14 @@ def _worth_drawing(panels: Sequence[Panel], points: pd.DataFrame) -> tuple[list[
 def _with_end(points: pd.DataFrame, end: Mapping[str, float]) -> pd.DataFrame:
     """The points and one more at the end, up to which the last one holds."""
     return pd.concat([points, points.iloc[[-1]].assign(**end)], ignore_index=True) if len(points) else points
+
+
+def _with_drops(points: pd.DataFrame) -> pd.DataFrame:
+    """The points, and before each at which a setting is no more one that says up to where it held."""
+    known = points.drop(columns=["epoch", "step", "phase"]).notna()
+    gone = (known & ~known.shift(-1, fill_value=True)).any(axis=1)
+    held = points[gone].assign(**{name: points[name].shift(-1)[gone] for name in ("epoch", "step")})
+    return pd.concat([points, held]).sort_index(kind="stable").reset_index(drop=True)
 
 
 def health_section(run: Run, sheet: Sheet) -> str:
