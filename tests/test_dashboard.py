@@ -399,6 +399,31 @@ def test_in_a_browser_tooltips_count_epochs_as_the_axis_does(browser: Browser, w
     assert any(float(cell or "nan") == pytest.approx(top1, rel=1e-7) for cell in row[2:])
 
 
+TOLD = "document.querySelector('.bk-Tooltip')?.shadowRoot.querySelector('.bk-tooltip-content')?.innerText"
+
+
+def told_at(browser: Browser, chart: str, share: float) -> str:
+    """What the tooltip of a chart says at a share of its width."""
+    box = browser.box(f"#plot-{chart}")
+    view = f"Bokeh.index.find_one_by_id({MODELS}.find(m => m.type === 'Figure' && m.y_range.renderers?.some("
+    view += f"r => r.tags?.[1]?.startsWith('{chart}:'))).id)"
+    inner = browser.ask(f"(({{x0, x1}}) => [x0, x1])({view}.frame.bbox)")
+    browser.hover(box["x"] + inner[0] + (inner[1] - inner[0]) * share, box["y"] + box["height"] / 2)
+    browser.wait_for(TOLD)
+    return re.sub(r"\s+", " ", str(browser.ask(TOLD)))
+
+
+def test_in_a_browser_charts_of_steps_say_what_holds_under_the_mouse(browser: Browser, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"epoch": epoch, "step": 10 * epoch, "phase": epoch, "lr": 0.1 * 0.5**epoch} for epoch in range(4)
+    ]
+    browser.open(write_timeline(rows, {"epoch": 4, "step": 40}, tmp_path / "timeline.html", "a regime"))
+    assert told_at(browser, "lr", 1.9 / 4.12) == "epoch: 1 step: 10 phase: 1 learning rate: 0.05", "up to the next"
+    browser.open(write_dashboard(make_run(tmp_path / "run", epochs=4, layers=LENET, drops=(2,))))
+    text = told_at(browser, "lr", 2.1 / 4.12)
+    assert re.fullmatch(r"epochs completed: 3 step: [\d,]+ phase: 1 learning rate: 0.01", text), "of the third epoch"
+
+
 def test_in_a_browser_keys_move_the_charts_when_one_has_the_focus(browser: Browser, whole: Path) -> None:
     def press(key: str, modifiers: int = 0) -> None:
         for kind in ("keyDown", "keyUp"):

@@ -33,6 +33,7 @@ from runner.pages.page import text
 from runner.pages.scales import colours, largest, spans_decades
 
 MARKERS_PER_CURVE = 12
+TOLD_OF: dict[str | None, Literal["prev", "next", "nearest"]] = {"after": "prev", "before": "next", None: "nearest"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ class Curves:
             line.tags = dots.tags = [series.colour, f"{panel.key}:{series.column}"]
             drawn.append(line)
             if index == 0:
-                plot.add_tools(_curve_tooltip(panel, line, sheet))
+                # Steps notice no mouse: an unseen line over the same points does.
+                felt = plot.line("x", series.column, source=points, line_alpha=0) if panel.step else line
+                plot.add_tools(_curve_tooltip(panel, felt, sheet))
         if self.best:
             source = sheet.sources[f"best {panel.key}"]
             ring = plot.scatter("x", "y", source=source, size=15, marker="circle", fill_alpha=0, line_width=2.5)
@@ -232,11 +235,13 @@ def _marked(column: object, index: int, panel: Panel) -> list[int]:
 
 def _curve_tooltip(panel: Panel, line: "GlyphRenderer[Any]", sheet: Sheet) -> HoverTool:
     columns = [series.column for series in panel.series]
-    tips = [(sheet.axes["epoch"].label, "@x_epoch{0}")] if "epoch" in sheet.axes else []
+    tips = [(sheet.axes["epoch"].label, "@x_epoch{0.[00]}")] if "epoch" in sheet.axes else []
     tips += [("step", "@step{0,0}"), ("phase", "@phase")]
     tips += [(series.label, f"@{series.column}{{%.8g}}") for series in panel.series]
     printf: dict[str, Any] = {f"@{column}": "printf" for column in columns}
-    return HoverTool(renderers=[line], mode="vline", tooltips=tips, formatters=printf, line_policy="nearest")
+    return HoverTool(
+        renderers=[line], mode="vline", tooltips=tips, formatters=printf, line_policy=TOLD_OF[panel.step]
+    )  # fmt: skip
 
 
 def legend_key(series: Series, name: str, *, shape: Literal["curve", "ring", "band"] = "curve") -> str:
