@@ -17,7 +17,7 @@ from runner.faults import StorageError
 from runner.pages.curves import short_labels, timeline_section
 from runner.pages.dashboard import write_dashboard, write_timeline
 from runner.pages.page import amount, duration, embedded_json, size, write_page
-from runner.pages.scales import colours
+from runner.pages.scales import colours, round_powers
 from runner.pages.settings import flatten, usual_settings
 
 HOSTILE = (
@@ -310,6 +310,16 @@ def test_a_scale_of_colours_has_round_values_along_it() -> None:
     assert colours([7.0, 7.0])[1:3] == (3.5, 10.5)
 
 
+def test_a_logarithmic_axis_has_a_few_round_values_along_it() -> None:
+    for low, high in ((0.001, 0.05), (0.02, 1.0), (0.003, 0.4), (1e-5, 0.1), (1e-30, 1e9), (7.0, 160.0)):
+        for most in (5, 6):
+            ticks = round_powers([high, low], most)
+            assert 3 <= len(ticks) <= most
+            assert all(low <= tick * 1.01 and tick <= high * 1.01 for tick in ticks)
+            assert {f"{tick:.0e}"[0] for tick in ticks} <= set("1235")
+    assert round_powers([0.05, 0.001]) == [0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
+
+
 def test_labels_stay_different_when_cut() -> None:
     labels = short_labels([f"features.{i}.a.very.long.common.name" for i in range(3)], 10)
     assert len(set(labels.values())) == 3
@@ -422,6 +432,16 @@ def test_in_a_browser_charts_of_steps_say_what_holds_under_the_mouse(browser: Br
     browser.open(write_dashboard(make_run(tmp_path / "run", epochs=4, layers=LENET, drops=(2,))))
     text = told_at(browser, "lr", 2.1 / 4.12)
     assert re.fullmatch(r"epochs completed: 3 step: [\d,]+ phase: 1 learning rate: 0.01", text), "of the third epoch"
+
+
+def test_in_a_browser_a_logarithmic_axis_of_less_than_two_decades_is_labelled_all_along(
+    browser: Browser, tmp_path: Path
+) -> None:
+    rows: list[dict[str, object]] = [{"epoch": e, "step": e, "phase": e, "lr": (0.05, 0.001)[e]} for e in range(2)]
+    browser.open(write_timeline(rows, {"epoch": 2, "step": 2}, tmp_path / "timeline.html", "a regime"))
+    written = "(axis => axis.formatter.doFormat([...axis.ticker.ticks], {loc: 0}))"
+    labels = browser.ask(f"{written}({MODELS}.find(m => m.type === 'LogAxis'))")
+    assert labels == ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05"]
 
 
 def test_in_a_browser_keys_move_the_charts_when_one_has_the_focus(browser: Browser, whole: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from runner.compose import config_from
 from runner.faults import ConfigError
+from runner.pages.search import write_search_page
 from runner.sweeps.search_options import Options, options_of
 from runner.sweeps.search_space import Search, _written, chosen, read_search, searches, words_of
 from tests.conftest import ROOT
@@ -84,6 +85,18 @@ def test_a_killed_search_ends_with_as_many_trials_as_were_asked_for(tmp_path: Pa
     page = next(place.glob("outputs/searches/*/search.html")).read_text()
     assert "front-weight_bits" in page
     assert "2 trials" not in page.partition("</header>")[0]
+
+
+def test_the_axis_of_a_learning_rate_has_round_values_along_it(tmp_path: Path) -> None:
+    facts = {"name": "rates", "objectives": ["best_val_top1"], "dimensions": ["lr"]}
+    (tmp_path / "search.json").write_text(json.dumps(facts))
+    rows = [
+        f"{trial},complete,{trial == 2},{90 + trial},{lr},r{trial}," for trial, lr in enumerate((0.001, 0.02, 0.05))
+    ]
+    (tmp_path / "trials.csv").write_text("\n".join(["trial,state,best,best_val_top1,lr,run,reason", *rows]) + "\n")
+    page = write_search_page(tmp_path).read_text()
+    figures = page.partition('id="figures">')[2].partition("</script>")[0]
+    assert '"ticks":[0.001,0.003,0.01,0.03]' in figures
 
 
 def study(tmp_path: Path, **changes: Any) -> Study:

@@ -30,7 +30,7 @@ from bokeh.plotting import figure
 
 from runner.pages.figures import Sheet, columns_of
 from runner.pages.page import text
-from runner.pages.scales import colours, largest, spans_decades
+from runner.pages.scales import colours, largest, round_powers, spans_decades
 
 MARKERS_PER_CURVE = 12
 TOLD_OF: dict[str | None, Literal["prev", "next", "nearest"]] = {"after": "prev", "before": "next", None: "nearest"}
@@ -93,6 +93,9 @@ class Curves:
         panel, points = self.panel, sheet.sources["points"]
         grounded = panel.from_zero and not self.logarithmic
         plot = sheet.plot(DataRange1d(start=0, range_padding=0.2) if grounded else DataRange1d(), self.logarithmic)
+        if self.logarithmic:
+            ticks = f"ticks {panel.key}"
+            plot.yaxis.ticker = FixedTicker(name=ticks, **sheet.moving[ticks])
         if self.written_out:
             plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[0000000]")
         if self.phases:
@@ -172,6 +175,8 @@ def add_curves(
     """Add one chart over the table `points`; returns its HTML. `best`: the point to ring; `band`: what lies behind the curves."""
     columns = [sheet.moving["points"]["data"][series.column] for series in panel.series]
     logarithmic = panel.key == "lr" and spans_decades(columns[0])
+    if logarithmic:
+        sheet.moving[f"ticks {panel.key}"] = {"ticks": round_powers(columns[0])}
     written_out = not logarithmic and max(map(largest, columns)) < 1e4
     names = [f"{panel.key}:{series.column}" for series in panel.series]
     for index, (name, column) in enumerate(zip(names, columns, strict=True)):

@@ -107,8 +107,9 @@ class Sheet:
         plot.xaxis.name = "x"
         plot.xaxis.ticker = BasicTicker(name="x", desired_num_ticks=6)
         plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
-        if isinstance(y_range, DataRange1d) and not logarithmic:
-            plot.yaxis.ticker = BasicTicker(desired_num_ticks=5)
+        if isinstance(y_range, DataRange1d):
+            if not logarithmic:
+                plot.yaxis.ticker = BasicTicker(desired_num_ticks=5)
             plot.yaxis.formatter = NumeralTickFormatter(format="0.[0000000]a")
         plot.xgrid.visible = False
         set_type(plot)

@@ -1,5 +1,7 @@
 """How values are laid out on scales: which need a logarithmic one, and what stands along a scale of colours."""
 
+import math
+
 import numpy as np
 
 from runner.pages.svg import round_values
@@ -20,6 +22,25 @@ def spans_decades(values: object) -> bool:
     """Whether values are positive and range over a factor of 50, so that only a log axis shows them all."""
     array = finite(values)
     return bool(array.size and array.min() > 0 and array.max() / array.min() >= 50)
+
+
+def round_powers(values: object, most: int = 6) -> list[float]:
+    """What stands along a logarithmic axis: 1, 2, 5 or 1, 3 times powers of ten, over many decades some of the powers.
+
+    >>> round_powers([0.05, 0.001]), round_powers([0.1, 0.002], most=5)
+    ([0.001, 0.002, 0.005, 0.01, 0.02, 0.05], [0.003, 0.01, 0.03, 0.1])
+    >>> round_powers([1e-9, 1.0])
+    [1e-09, 1e-07, 1e-05, 0.001, 0.1]
+    """
+    array = finite(values)
+    low, high = float(array.min()), float(array.max())
+    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [float(f"{factor}e{exponent}") for exponent in exponents for factor in factors]
+        found = [value for value in found if low * 0.999 <= value <= high * 1.001]
+        if len(found) <= most:
+            return found
+    return found[:: math.ceil(len(found) / most)]
 
 
 def colours(values: object) -> tuple[bool, float, float, list[float]]:

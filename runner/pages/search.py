@@ -3,14 +3,16 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, HoverTool, NumeralTickFormatter
+from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 
 from runner.pages.figures import Sheet, set_type
 from runner.pages.page import Column, page, table, text, write_page
+from runner.pages.scales import round_powers
 
 TITLES = {
     "best_val_top1": ("Best validation top-1", "%", 1.0),
@@ -114,21 +116,21 @@ def _slice(sheet: Sheet, rows: list[Row], goal: str, name: str, key: str) -> str
     shown = [row for row in rows if isinstance(row[name], float)]
     values = [float(row[name]) for row in shown]
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 20 and name != "trial"
-    plot = _plot(name, _heading(goal), logarithmic)
+    plot = _plot(name, _heading(goal), round_powers(values, most=5) if logarithmic else None)
     _points(plot, shown, name, goal)
     return sheet.host(plot, f"slice-{key}", name, "minor", f"{_heading(goal)} of every trial against {name}.")
 
 
-def _plot(x: str, y: str, logarithmic: bool = False) -> figure:
+def _plot(x: str, y: str, ticks: Sequence[float] | None = None) -> figure:
+    """An empty figure; `ticks`: what stands along its x axis where that is logarithmic."""
     plot = figure(
         x_range=DataRange1d(range_padding=0.1), y_range=DataRange1d(range_padding=0.2), tools="", toolbar_location=None,
-        x_axis_type="log" if logarithmic else "auto", sizing_mode="stretch_both", background_fill_alpha=0,
+        x_axis_type="log" if ticks else "auto", sizing_mode="stretch_both", background_fill_alpha=0,
         border_fill_alpha=0, outline_line_alpha=0, min_border_left=56, min_border_right=14,
     )  # fmt: skip
     plot.xaxis.axis_label, plot.yaxis.axis_label = x, y
-    if not logarithmic:
-        plot.xaxis.ticker = BasicTicker(desired_num_ticks=5)
-        plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[000]")
+    plot.xaxis.ticker = FixedTicker(ticks=ticks) if ticks else BasicTicker(desired_num_ticks=5)
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[0000000]")
     set_type(plot)
     return plot
 
