@@ -444,6 +444,18 @@ def test_in_a_browser_a_logarithmic_axis_of_less_than_two_decades_is_labelled_al
     assert labels == ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05"]
 
 
+def test_in_a_browser_axes_write_numbers_as_the_cards_do(browser: Browser, whole: Path) -> None:
+    browser.open(whole)
+    formatter = f"{MODELS}.find(m => m.type === 'NumeralTickFormatter').doFormat"
+    for numbers, labels in (
+        ("[0, 0.8, 0.25, 1e-4, 2000]", ["0", "0.8", "0.25", "0.0001", "2,000"]),
+        ("[0, 500, 2500, 1e4]", ["0", "500", "2.5k", "10k"]),
+        ("[1.5e6, 2e9]", ["1.5M", "2G"]),
+        ("[2e19, -3e12, 5e-7]", ["2e19", "-3e12", "5e-7"]),
+    ):
+        assert browser.ask(f"{formatter}({numbers}, {{loc: 0}})") == labels
+
+
 def test_in_a_browser_keys_move_the_charts_when_one_has_the_focus(browser: Browser, whole: Path) -> None:
     def press(key: str, modifiers: int = 0) -> None:
         for kind in ("keyDown", "keyUp"):

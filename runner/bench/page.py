@@ -8,10 +8,11 @@ from pathlib import Path
 from bokeh.core.json_encoder import serialize_json
 from bokeh.core.properties import value as literal
 from bokeh.document import Document
-from bokeh.models import BasicTicker, ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Range1d
+from bokeh.models import BasicTicker, ColumnDataSource, FactorRange, HoverTool, Range1d
 from bokeh.models.annotations.geometry import Span
 from bokeh.plotting import figure
 
+from runner.pages.figures import amounts
 from runner.pages.page import Column, embedded_json, page, plain, table, text, write_page
 
 ROW_HEIGHT = 36  # a name, and its bar below: names beside bars would leave these no room on a telephone
@@ -106,7 +107,7 @@ def style(plot: figure) -> None:
         axis.axis_label_text_font_size = axis.major_label_text_font_size = "12px"
         axis.axis_label_text_font = axis.major_label_text_font = "system-ui, sans-serif"
         axis.minor_tick_line_alpha = 0
-    plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
+    plot.xaxis.formatter = amounts()
     plot.ygrid.visible = False
 
 

@@ -21,16 +21,15 @@ from bokeh.models import (
     LinearColorMapper,
     LogColorMapper,
     Model,
-    NumeralTickFormatter,
     Range1d,
 )
 from bokeh.models.annotations.legends import ColorBar
 from bokeh.models.renderers.glyph_renderer import GlyphRenderer
 from bokeh.plotting import figure
 
-from runner.pages.figures import Sheet, columns_of
+from runner.pages.figures import Sheet, amounts, columns_of
 from runner.pages.page import text
-from runner.pages.scales import colours, largest, round_powers, spans_decades
+from runner.pages.scales import colours, round_powers, spans_decades
 
 MARKERS_PER_CURVE = 12
 TOLD_OF: dict[str | None, Literal["prev", "next", "nearest"]] = {"after": "prev", "before": "next", None: "nearest"}
@@ -83,7 +82,6 @@ class Curves:
 
     panel: Panel
     logarithmic: bool
-    written_out: bool  # numbers so small that they need no k or M
     phases: bool
     best: bool
     band: str  # its colour
@@ -96,8 +94,6 @@ class Curves:
         if self.logarithmic:
             ticks = f"ticks {panel.key}"
             plot.yaxis.ticker = FixedTicker(name=ticks, **sheet.moving[ticks])
-        if self.written_out:
-            plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[0000000]")
         if self.phases:
             _mark_phases(plot, sheet, panel.phase_names)
         drawn: list[Model] = []
@@ -161,7 +157,7 @@ class HeatMap:
         bar = ColorBar(
             color_mapper=mapper, height=10, padding=4, background_fill_alpha=0, bar_line_alpha=0,
             ticker=FixedTicker(name=landmarks, **sheet.moving[landmarks]),
-            formatter=NumeralTickFormatter(format="0.[0000000]a"),
+            formatter=amounts(),
             major_tick_line_alpha=0, major_label_text_font_size="12px", major_label_text_font="system-ui, sans-serif", margin=0,
         )  # fmt: skip
         plot.add_layout(bar, "above")
@@ -177,7 +173,6 @@ def add_curves(
     logarithmic = panel.key == "lr" and spans_decades(columns[0])
     if logarithmic:
         sheet.moving[f"ticks {panel.key}"] = {"ticks": round_powers(columns[0])}
-    written_out = not logarithmic and max(map(largest, columns)) < 1e4
     names = [f"{panel.key}:{series.column}" for series in panel.series]
     for index, (name, column) in enumerate(zip(names, columns, strict=True)):
         sheet.moving[f"marks {name}"] = {"indices": _marked(column, index, panel)}
@@ -189,7 +184,7 @@ def add_curves(
         sheet.keep(f"band {panel.key}", band.table)
         keys.append(legend_key(Series("band", band.label, band.colour), f"{panel.key}:band", shape="band"))
     phases = len(sheet.moving["phases"]["data"].get("left", ())) > 1
-    sheet.charts.append(Curves(panel, logarithmic, written_out, phases, best is not None, band.colour if band else ""))
+    sheet.charts.append(Curves(panel, logarithmic, phases, best is not None, band.colour if band else ""))
     title = f"{panel.heading}, logarithmic" if logarithmic else panel.heading
     return sheet.frame(panel.key, title, panel.size, summary, keys if len(keys) > 1 else [])
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter
+from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool
 from bokeh.plotting import figure
 
 from runner.pages.entries import COSTS, Cost, Costs
-from runner.pages.figures import Sheet, set_type
+from runner.pages.figures import Sheet, amounts, set_type
 
 # Bokeh fills in values, not names: what is called differently from case to case has its name in its value.
 LINE_TIP = [("", "@label"), ("n", "@n"), ("", "@{axis}: $snap_x{0,0.[00]}"), ("mean", "$snap_y{%.6g}")]
@@ -56,7 +56,7 @@ def _cost_chart(sheet: Sheet, key: str, cost: Cost, known: "np.ndarray[Any, Any]
     set_type(plot)
     plot.yaxis.name = "reached"
     plot.xaxis.axis_label = f"{cost.unit}, logarithmic" if logarithmic else cost.unit
-    plot.xaxis.formatter = NumeralTickFormatter(format="0.[000]a")
+    plot.xaxis.formatter = amounts()
     plot.xaxis.ticker = plot.xgrid.ticker = (
         FixedTicker(ticks=[], name=f"ticks-{key}") if logarithmic else BasicTicker(desired_num_ticks=3)
     )

@@ -106,11 +106,11 @@ class Sheet:
         plot.toolbar.active_drag = zoom
         plot.xaxis.name = "x"
         plot.xaxis.ticker = BasicTicker(name="x", desired_num_ticks=6)
-        plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
+        plot.xaxis.formatter = amounts()
         if isinstance(y_range, DataRange1d):
             if not logarithmic:
                 plot.yaxis.ticker = BasicTicker(desired_num_ticks=5)
-            plot.yaxis.formatter = NumeralTickFormatter(format="0.[0000000]a")
+            plot.yaxis.formatter = amounts()
         plot.xgrid.visible = False
         set_type(plot)
         return plot
@@ -143,6 +143,11 @@ def columns_of(table: pd.DataFrame) -> dict[str, Any]:
         name: column.to_numpy() if pd.api.types.is_numeric_dtype(column) else column.to_list()
         for name, column in columns.items()
     }
+
+
+def amounts() -> NumeralTickFormatter:
+    """Writes the numbers of an axis as the cards do, with k, M and G; page.js knows it by its tag."""
+    return NumeralTickFormatter(tags=["amounts"])
 
 
 def set_type(plot: figure) -> None:

@@ -42,6 +42,22 @@ const Page = (() => {
     for (const also of Page.painted) also();
   }
 
+  // A number as the cards write it: Bokeh's own letters are b and t, and m for a thousandth.
+  function written(value, letters) {
+    const size = Math.abs(value);
+    if (size && (size >= 1e12 || size < 1e-4)) return Number(value.toPrecision(8)).toExponential().replace("e+", "e");
+    const [unit, letter] = letters && [[1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([unit]) => size >= unit) || [1, ""];
+    return Number((value / unit).toPrecision(8)).toLocaleString("en", {maximumFractionDigits: 12}) + letter;
+  }
+
+  // Along an axis that stays below 10,000 every number fits without a letter.
+  function writeAmounts() {
+    for (const formatter of models("NumeralTickFormatter")) {
+      if (!formatter.tags.includes("amounts")) continue;
+      formatter.doFormat = (ticks) => ticks.map((tick) => written(tick, ticks.some((one) => Math.abs(one) >= 1e4)));
+    }
+  }
+
   const equal = (a, b) => a.length === b?.length && a.every((value, index) => Object.is(value, b[index]));
 
   // The columns x, left and right hold the position on the chosen axis; x_step, left_step ... all positions.
@@ -171,6 +187,7 @@ const Page = (() => {
     if (chosen && page.axes[chosen.value]) chooseAxis(chosen.value);
     for (const begin of Page.begin) begin();
     paint();
+    writeAmounts();
     listen();
     await Bokeh.embed.add_document_standalone(figures, document.body, page.hosts.map((id) => document.getElementById(id)));
     document.documentElement.dataset.ready = String(Math.round(performance.now()));

@@ -13,11 +13,6 @@ def finite(values: object) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]
     return array[np.isfinite(array)]
 
 
-def largest(values: object) -> float:
-    """The largest magnitude, 0 where there is nothing."""
-    return float(np.abs(finite(values)).max(initial=0.0))
-
-
 def spans_decades(values: object) -> bool:
     """Whether values are positive and range over a factor of 50, so that only a log axis shows them all."""
     array = finite(values)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter
+from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, FixedTicker, HoverTool
 from bokeh.plotting import figure
 
-from runner.pages.figures import Sheet, set_type
+from runner.pages.figures import Sheet, amounts, set_type
 from runner.pages.page import Column, page, table, text, write_page
 from runner.pages.scales import round_powers
 
@@ -130,7 +130,7 @@ def _plot(x: str, y: str, ticks: Sequence[float] | None = None) -> figure:
     )  # fmt: skip
     plot.xaxis.axis_label, plot.yaxis.axis_label = x, y
     plot.xaxis.ticker = FixedTicker(ticks=ticks) if ticks else BasicTicker(desired_num_ticks=5)
-    plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[0000000]")
+    plot.xaxis.formatter = amounts()
     set_type(plot)
     return plot
 
