@@ -186,6 +186,37 @@ def test_values_no_axis_can_show_and_odd_shapes_of_summaries(tmp_path: Path) -> 
     assert "one line" in text
 
 
+@pytest.mark.parametrize(("bytes_left", "epochs_left"), [(200, 0), (500, 2)])
+def test_a_finished_run_that_lost_epochs_says_so(tmp_path: Path, bytes_left: int, epochs_left: int) -> None:
+    folder = make_run(tmp_path / "run", epochs=3, layers=LENET, drops=())
+    torn = (folder / "metrics.csv").read_bytes()[:bytes_left]
+    (folder / "metrics.csv").write_bytes(torn)
+    text = Page(write_dashboard(folder)).text
+    assert f"metrics.csv has {epochs_left} of 3 epochs" in text
+    assert "No epoch has ended yet" not in text
+    assert ("The run is over, but none of its epochs can be read." in text) == (epochs_left == 0)
+
+
+def test_a_float_run_is_not_said_to_be_smaller_than_itself(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", epochs=1, layers=LENET, drops=(), quant="none")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"packed_bytes": summary["float_bytes"]}))
+    text = Page(write_dashboard(folder)).text
+    assert "Packed size 42.7 MiB 11.2 M parameters" in text
+    assert "times smaller" not in text
+
+
+def test_steps_that_were_skipped_stand_in_the_table_of_epochs(tmp_path: Path, whole: Path) -> None:
+    assert "skipped steps" not in Page(whole).text
+    folder = make_run(tmp_path / "run", epochs=2, layers=LENET, drops=())
+    metrics = pd.read_csv(folder / "metrics.csv").assign(skipped_steps=[0, 3])
+    metrics.to_csv(folder / "metrics.csv", index=False, lineterminator="\n")
+    page = write_dashboard(folder)
+    assert "images/s skipped steps" in Page(page).text
+    rows = page.read_text().partition(">skipped steps<")[2].partition("</table>")[0]
+    assert re.findall(r">([^<]*)</td></tr>", rows) == ["0", "3"]
+
+
 def test_a_run_that_goes_on_shows_what_it_has_so_far(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", epochs=1, layers=LENET, drops=(), state="running")
     text = Page(write_dashboard(folder)).text

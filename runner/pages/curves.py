@@ -71,7 +71,8 @@ def curve_section(run: Run) -> tuple[str, Sheet]:
     points, axes = _positions(run.metrics, run.timing)
     sheet = Sheet(axes)
     if points.empty:
-        return "<h2>Curves</h2><p>No epoch has ended yet.</p>", sheet
+        why = "The run is over, but none of its epochs can be read" if run.state == "done" else "No epoch has ended yet"
+        return f"<h2>Curves</h2><p>{why}.</p>", sheet
     keep_phases(sheet, _phases(points, axes))
     sheet.keep("points", _with_start(_thinned(points), axes).assign(x=lambda shown: shown["x_epoch"]))
     best, band = {"accuracy": _best_point(points)}, {"accuracy": expected_band(run.expected, points)}

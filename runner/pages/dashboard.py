@@ -34,6 +34,7 @@ METRIC_COLUMNS = (
     Column("seconds", "time (s)"),
     Column("images_per_s", "images/s"),
 )
+SKIPPED_STEPS = Column("skipped_steps", "skipped steps")  # where there are any
 LAYER_COLUMNS = (
     Column("layer", "layer", numeric=False),
     Column("kind", "kind", numeric=False),
@@ -94,7 +95,9 @@ def write_timeline(rows: list[dict[str, object]], end: Mapping[str, float], path
     curves, figures = timeline_section(pd.DataFrame(rows), end)
     body = f"<header><h1>{text(title)}</h1><p>The regime as it will run; nothing was trained.</p></header>"
     known = [key for key in (rows or [{}])[0] if any(row[key] not in (None, "") for row in rows)]
-    columns = [Column(key, key.replace("_", " "), key != "optimizer") for key in known]
+    columns = [
+        Column(key, key.replace("_", " "), key != "optimizer", form=".5g" if key == "epoch" else "") for key in known
+    ]
     numbers = (
         f"<h2>Points</h2>{table(columns, _thinned(rows), 'The regime, point by point', tall=True)}" if rows else ""
     )
@@ -158,7 +161,9 @@ def _metrics_table(run: Run) -> str:
     timing = run.timing[["epoch", "seconds", "images_per_s"]].drop_duplicates("epoch", keep="last")
     rows = _rows(run.metrics.merge(timing, on="epoch", how="left"))
     caption = "Every epoch" if len(rows) <= MOST_TABLE_ROWS else f"{MOST_TABLE_ROWS} of {len(rows)} epochs"
-    numbers = table(METRIC_COLUMNS, _thinned(rows), f"{caption}, as in metrics.csv and timing.csv", tall=True)
+    skipped = [SKIPPED_STEPS] if run.metrics["skipped_steps"].fillna(0).any() else []
+    columns = [*METRIC_COLUMNS, *skipped]
+    numbers = table(columns, _thinned(rows), f"{caption}, as in metrics.csv and timing.csv", tall=True)
     return f"<details><summary>The same numbers as a table</summary>{numbers}</details>"
 
 

@@ -98,7 +98,7 @@ def _packed(known: dict[str, object]) -> tuple[str, tuple[str, str], str]:
     packed, unpacked = number(known.get("packed_bytes")), number(known.get("float_bytes"))
     parameters = amount(known.get("parameters"))
     note = f"{_joined(parameters)} parameters" if parameters[0] != NOTHING else "on disk"
-    if packed and unpacked:
+    if packed and unpacked and packed < unpacked:
         note = f"{unpacked / packed:.3g} times smaller than {_joined(size(unpacked))} in float; {note}"
     return "Packed size", size(packed), note
 

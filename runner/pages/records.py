@@ -89,10 +89,11 @@ def read_run(folder: Path, *, health: bool = True, memory: Memory | None = None)
     problems: list[str] = []
     folder = Path(folder)
     table = partial(_table, folder, problems=problems, memory={} if memory is None else memory)
-    return Run(
+    config, metrics = _mapping(folder / "config.yaml", _load_yaml, problems), table("metrics.csv", METRICS)
+    run = Run(
         folder=folder,
-        config=_mapping(folder / "config.yaml", _load_yaml, problems),
-        metrics=table("metrics.csv", METRICS),
+        config=config,
+        metrics=metrics,
         timing=table("timing.csv", TIMING),
         layers=table("layers.csv", LAYERS),
         quant=table("quant.csv", HEALTH, optional=True) if health else _empty(HEALTH),
@@ -101,6 +102,14 @@ def read_run(folder: Path, *, health: bool = True, memory: Memory | None = None)
         status=still_true(folder, _mapping(folder / "status.json", json.loads, problems)),
         problems=problems,
     )
+    problems += _lost_epochs(run)
+    return run
+
+
+def _lost_epochs(run: Run) -> list[str]:
+    """What a finished run says of epochs that its table no longer has."""
+    done, found = run.summary.get("epochs"), run.metrics["epoch"].nunique()
+    return [f"metrics.csv has {found} of {done} epochs"] if isinstance(done, int) and found < done else []
 
 
 def read_brief(folder: Path) -> Run | None:
