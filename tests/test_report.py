@@ -5,6 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from browser import Browser
 
 from runner.faults import ConfigError
 from runner.pages.report import as_markdown, report
@@ -237,6 +238,14 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         report(["--format", "svg"])
     with pytest.raises(ConfigError, match="say which pages"):
         report(["--pages"])
+
+
+def test_in_a_browser_a_long_name_of_what_was_not_run_makes_no_page_wider(browser: Browser, outputs: Path) -> None:
+    make(outputs, f"lsq{'_and_more' * 12}", 1, 97.0)
+    assert report([str(outputs), "--format", "html", "--out", str(outputs / "out")]) == 0
+    browser.open(outputs / "out" / "report.html", width=380, waits=False)
+    assert "_and_more" in browser.ask("[...document.querySelectorAll('li')].map(li => li.textContent).join()")
+    assert browser.ask("document.documentElement.scrollWidth") <= 380
 
 
 SCAN = """quant,figure,title,x_label,y_label,logarithmic,level,series,x,y
