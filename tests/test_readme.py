@@ -33,7 +33,12 @@ SHOWN = {
         "variants_lenet5_mnist.csv",
         "variants_lenet5_digits.csv",
     ),
-    "quant/kernels/README.md": ("bench_conv.csv", "bench_peers.csv", "bench_model_resnet18.csv"),
+    "quant/kernels/README.md": (
+        "bench_conv.csv",
+        "bench_conv_intel.csv",
+        "bench_peers.csv",
+        "bench_model_resnet18.csv",
+    ),
     "runner/README.md": ("scaling.csv",),
 }
 
@@ -207,7 +212,10 @@ def test_what_is_said_of_packed_inference_is_in_the_rows() -> None:
     kernel, alpha, share = (float(first[key]) for key in ("kernel_speedup", "alpha_speedup", "share_of_limit"))
     assert f"runs {kernel:.1f} times as fast as torch's float32 ({100 * share:.0f} %" in README
     assert f"from float to float with alpha {alpha:.1f} times" in README
+    intel = next(row for row in rows_of("bench_conv_intel.csv") if row["figure"] == "quoted")
+    assert f"floats, {float(intel['kernel_speedup']):.1f} and {float(intel['alpha_speedup']):.1f} times" in README
     kernels = (ROOT / "quant" / "kernels" / "README.md").read_text(encoding="utf-8")
+    assert f"are {float(intel['machine']):.1f} times apart, not {float(first['machine']):.1f}" in kernels
     assert f"formula gives {float(first['paper']):.2f}" in kernels
     assert f"instead of 64 it gives {float(first['machine']):.1f};" in kernels
     over = [float(first[key]) for key in ("kernel_over_best", "alpha_over_best")]
