@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from runner.bench import KINDS
 from runner.catalog import ROOT
 from runner.compose import choices_of, conf_folder
 
@@ -52,8 +53,9 @@ def print_help(verbs: Mapping[str, str]) -> int:
 def print_verb(module: str) -> int:
     """What the file of a verb says on top: its words, and examples. Read, not imported: that takes seconds."""
     place = ROOT / module.replace(".", "/")
-    parts = [place / f"{part}.py" for part in ("step", "conv", "model")] if module == "runner.bench" else []
-    files = parts or [place / "__init__.py" if place.is_dir() else place.with_suffix(".py")]
+    files = [place / "__init__.py" if place.is_dir() else place.with_suffix(".py")]
+    if module == "runner.bench":
+        files = [place / f"{kind}.py" for kind in KINDS]
     said = [ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in files]
     print(("\n\n" + "-" * 40 + "\n\n").join(said))
     print("\nThe keys of a run, and all verbs: python -m runner --help")

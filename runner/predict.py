@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.data.locations import IMAGE_SUFFIXES, is_image, listed
+from runner.data.locations import KINDS, is_image, listed
 from runner.faults import BadData, ConfigError, Exit, Fault, MissingInput, printable
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _images_of(path: Path) -> list[Path]:
         return [path]
     images = [path / name for name in sorted(listed(path)) if is_image(name)]
     if not images:
-        raise MissingInput(f"{path}: a folder without images ({' '.join(IMAGE_SUFFIXES)})")
+        raise MissingInput(f"{path}: a folder without images ({KINDS})")
     return images
 
 

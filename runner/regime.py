@@ -120,20 +120,25 @@ def first_steps(config: RunConfig, phases: Sequence[DataPhase], samples: int, wo
     return [0, *accumulate(steps_per_epoch(samples, size, config.dataset.drop_last, world) for size in sizes)]
 
 
+def last_step(starts: Sequence[int], max_steps: int | None) -> int:
+    """How many steps a run takes: those of its epochs, or fewer."""
+    return min(starts[-1], max_steps or starts[-1])
+
+
 def epochs_begun(starts: Sequence[int], max_steps: int | None) -> int:
     """How many epochs begin before the run ends.
 
     >>> epochs_begun([0, 10, 20, 30], None), epochs_begun([0, 10, 20, 30], 11), epochs_begun([0, 10, 20, 30], 20)
     (3, 2, 2)
     """
-    return sum(start < min(starts[-1], max_steps or starts[-1]) for start in starts[:-1])
+    return sum(start < last_step(starts, max_steps) for start in starts[:-1])
 
 
 def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
     """One row for every epoch that begins before the run ends, and for what changes within one; epochs with their fraction."""
     regime, data = config.regime.phases or [], config.data_regime.phases or []
     starts = first_steps(config, data, samples)
-    last = min(starts[-1], config.trainer.max_steps or starts[-1])
+    last = last_step(starts, config.trainer.max_steps)
     for epoch in range(epochs_begun(starts, last)):
         first, batches = starts[epoch], starts[epoch + 1] - starts[epoch]
         sizes = {k: v for k, v in data_setting_at(data, epoch).items() if k != "phase"}
@@ -149,7 +154,7 @@ def timeline(config: RunConfig, samples: int) -> Iterator[Setting]:
 def end_of(config: RunConfig, samples: int) -> Setting:
     """Where the run ends: the epochs it has done by then, with their fraction, and the step."""
     starts = first_steps(config, config.data_regime.phases or [], samples)
-    last = min(starts[-1], config.trainer.max_steps or starts[-1])
+    last = last_step(starts, config.trainer.max_steps)
     epochs = epochs_begun(starts, last)
     before, after = starts[max(epochs - 1, 0)], starts[epochs]
     return {"epoch": epochs - (after - last) / max(after - before, 1), "step": last}

@@ -24,7 +24,7 @@ from runner.objective import Alphas, Objective, mix
 from runner.optim import average_of, optimizer_for
 from runner.preflight import refuse_unfit_images
 from runner.ranks.distributed import Share, World, seed_rank
-from runner.regime import Clock, Setting, data_setting_at, epochs_begun, first_steps, setting_at
+from runner.regime import Clock, Setting, data_setting_at, epochs_begun, first_steps, last_step, setting_at
 from runner.schema import DataPhase, RunConfig
 from runner.screen import Screen
 from runner.signals import StopRequest
@@ -123,8 +123,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        every = self._steps_before[-1]
-        return min(every, self.config.trainer.max_steps or every)
+        return last_step(self._steps_before, self.config.trainer.max_steps)
 
     @property
     def epochs_begun(self) -> int:

@@ -109,9 +109,8 @@ def gradients_of(
     optimizer.zero_grad(set_to_none=True)
     loss, right = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     share, seen = share or Share(len(labels), len(labels)), 0
-    parts = min(
-        config.accumulate, max(1, share.fewest // 2)
-    )  # as many on every rank; batch norm has no variance of one image
+    # As many parts on every rank; batch norm has no variance of one image.
+    parts = min(config.accumulate, max(1, share.fewest // 2))
     for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
         seen += len(y)
         with nullcontext() if seen == len(labels) else share.hold():

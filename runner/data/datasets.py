@@ -26,7 +26,6 @@ from runner.data.formats import read_idx, verified_pickles
 from runner.faults import BadData, MissingInput
 
 log = logging.getLogger(__name__)
-KINDS = " ".join(locations.IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -294,13 +293,14 @@ def _list_images(root: Path, classes: list[str]) -> tuple[tuple[str, ...], Tenso
         there = sorted(locations.listed(root / name))
         images = [entry for entry in there if locations.is_image(entry)]
         if not images:
-            raise BadData(f"class folder {root / name} holds no images ({KINDS})")
+            raise BadData(f"class folder {root / name} holds no images ({locations.KINDS})")
         names += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
-        others += [f"{name}/{entry}" for entry in there if not locations.is_image(entry)]
+        if len(images) < len(there):  # of a million names there is mostly nothing else
+            others += [f"{name}/{entry}" for entry in there if not locations.is_image(entry)]
     if others:
         first = ", ".join(others[:3]) + ", …" * (len(others) > 3)
-        log.warning("%s: %d not taken for images (%s): %s", root, len(others), KINDS, first)
+        log.warning("%s: %d not taken for images (%s): %s", root, len(others), locations.KINDS, first)
     return tuple(names), torch.tensor(labels)
 
 

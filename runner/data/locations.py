@@ -12,6 +12,7 @@ from typing import Any
 from runner.faults import BadData
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+KINDS = " ".join(IMAGE_SUFFIXES)  # for people
 COUNT_AT_MOST = 20_000  # files listed before a folder counts as 'large': a scan beyond that is no longer quick
 
 
@@ -261,7 +262,7 @@ def _missing_folder(root: Path) -> str | None:
     elif len(classes) == 1:
         problem = f"{whole.absolute()} has one class only, {classes[0]!r}, and there is nothing to tell it from"
     elif not any(is_image(name) for label in classes for name in listed(whole / label)):
-        problem = f"{whole.absolute()} has no images in its {len(classes)} folders ({' '.join(IMAGE_SUFFIXES)})"
+        problem = f"{whole.absolute()} has no images in its {len(classes)} folders ({KINDS})"
     else:
         return None
     return f"folder: {problem}; expected train/<class>/* and test/<class>/* (or val/), or <class>/* in one tree"

@@ -239,9 +239,8 @@ def _curve_tooltip(panel: Panel, line: "GlyphRenderer[Any]", sheet: Sheet) -> Ho
     tips += [("step", "@step{0,0}"), ("phase", "@phase")]
     tips += [(series.label, f"@{series.column}{{%.8g}}") for series in panel.series]
     printf: dict[str, Any] = {f"@{column}": "printf" for column in columns}
-    return HoverTool(
-        renderers=[line], mode="vline", tooltips=tips, formatters=printf, line_policy=TOLD_OF[panel.step]
-    )  # fmt: skip
+    told = TOLD_OF[panel.step]
+    return HoverTool(renderers=[line], mode="vline", tooltips=tips, formatters=printf, line_policy=told)
 
 
 def legend_key(series: Series, name: str, *, shape: Literal["curve", "ring", "band"] = "curve") -> str:

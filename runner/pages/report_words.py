@@ -20,8 +20,7 @@ def discussion(groups: Sequence[Group], records: Sequence[dict[str, Any]]) -> It
 
 def _about_accuracy(members: Sequence[Group]) -> Iterable[str]:
     floats = [group for group in members if group.quant == "none"]
-    quantized = [group for group in members if group.quant != "none"]
-    low_bit = [(difference, group) for group in quantized if (difference := group.difference())]
+    low_bit = [(gap, group) for group in members if group.quant != "none" and (gap := group.difference())]
     for group in floats:
         name = "float" if group.plain or len(floats) == 1 else group.name
         yield f"{name} reaches {spread([row['test_top1'] for row in group.rows])} %."

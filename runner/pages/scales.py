@@ -1,10 +1,8 @@
 """How values are laid out on scales: which need a logarithmic one, and what stands along a scale of colours."""
 
-import math
-
 import numpy as np
 
-from runner.pages.svg import round_values
+from runner.pages import svg
 
 
 def finite(values: object) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
@@ -28,14 +26,7 @@ def round_powers(values: object, most: int = 6) -> list[float]:
     [1e-09, 1e-07, 1e-05, 0.001, 0.1]
     """
     array = finite(values)
-    low, high = float(array.min()), float(array.max())
-    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{factor}e{exponent}") for exponent in exponents for factor in factors]
-        found = [value for value in found if low * 0.999 <= value <= high * 1.001]
-        if len(found) <= most:
-            return found
-    return found[:: math.ceil(len(found) / most)]
+    return svg.round_powers(float(array.min()), float(array.max()), most, ((1, 2, 5), (1, 3), (1,)))
 
 
 def colours(values: object) -> tuple[bool, float, float, list[float]]:
@@ -52,4 +43,4 @@ def colours(values: object) -> tuple[bool, float, float, list[float]]:
     if logarithmic:
         return logarithmic, low, high, sorted({float(f"{value:.2g}") for value in np.geomspace(low, high, 6)[1:-1]})
     margin = (high - low) / 30  # a number on the very edge would be cut off
-    return logarithmic, low, high, [x for x in round_values(low, high, 6) if low + margin < x < high - margin]
+    return logarithmic, low, high, [x for x in svg.round_values(low, high, 6) if low + margin < x < high - margin]

@@ -65,12 +65,7 @@ class Scale:
         """Round values along it."""
         if not self.logarithmic:
             return round_values(self.low, self.high, most)
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for steps in ((1, 2, 5), (1,)):
-            found = [s * 10.0**d for d in decades for s in steps if self.low <= s * 10.0**d <= self.high * (1 + 1e-9)]
-            if len(found) <= most:
-                return found
-        return found[:: math.ceil(len(found) / most)]
+        return round_powers(self.low, self.high, most, ((1, 2, 5), (1,)))
 
 
 @dataclass
@@ -183,6 +178,21 @@ def round_values(low: float, high: float, most: int) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def round_powers(low: float, high: float, most: int, choices: Sequence[Sequence[int]]) -> list[float]:
+    """Powers of ten times the first `choices` of factors that are no more than `most` between two values; else some of the last.
+
+    >>> round_powers(0.001, 0.05, 6, [(1, 2, 5), (1,)])
+    [0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
+    """
+    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    for factors in choices:
+        found = [float(f"{factor}e{exponent}") for exponent in exponents for factor in factors]
+        found = [value for value in found if low * 0.999 <= value <= high * 1.001]
+        if len(found) <= most:
+            return found
+    return found[:: math.ceil(len(found) / most)]
 
 
 def _drawn(series: Series, index: int, x: Scale, y: Scale) -> Iterable[str]:
